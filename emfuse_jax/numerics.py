@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def multiply_no_nan(weight: jax.Array, value: jax.Array) -> jax.Array:
+def multiply_no_nan(
+    weight: jax.typing.ArrayLike, value: jax.typing.ArrayLike
+) -> jax.Array:
     """``weight * value`` with ``0 · (±inf) = 0``, in value and in gradient.
 
     A bare ``where`` on the product would leave ``0 · inf = NaN`` in the backward pass, so
@@ -14,7 +16,7 @@ def multiply_no_nan(weight: jax.Array, value: jax.Array) -> jax.Array:
         >>> float(multiply_no_nan(jnp.float32(0.0), -jnp.inf))
         0.0
     """
-    absent = weight == 0
+    absent = jnp.asarray(weight) == 0
     return jnp.where(absent, 0.0, weight * jnp.where(absent, 0.0, value))
 
 
