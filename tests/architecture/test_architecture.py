@@ -23,19 +23,10 @@ MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 )
-SLOW = [
-    *(
-        "absl",
-        "blackjax",
-        "brax",
-        "distrax",
-        "flashbax",
-        "gymnasium",
-        "h5py",
-        "matplotlib",
-    ),
-    *("minari", "mujoco", "orbax", "tensorboardX", "torch", "tqdm", "transformers"),
-]
+SLOW = set(
+    "absl blackjax brax distrax flashbax gymnasium h5py matplotlib minari mujoco orbax "
+    "tensorboardX torch tqdm transformers".split()
+)
 HARD_LIMIT = 500
 
 
