@@ -92,8 +92,8 @@ def make_dataset(
         "timeouts": timeouts,
     }
     arrays = _check_shapes(given, source)
-    for key in ("observations", "actions", "rewards", "next_observations"):
-        _check_finite(key, arrays[key], source)
+    for key, array in arrays.items():
+        _check_finite(key, array, source)
     _check_actions(arrays["actions"], source)
     terminated = arrays["terminals"].astype(bool)
     truncated = arrays["timeouts"].astype(bool) & ~terminated
@@ -123,7 +123,7 @@ def _check_shapes(given: dict[str, Any], source: str) -> dict[str, np.ndarray]:
         )
     flags = ("terminals", "timeouts")
     arrays = {
-        key: np.asarray(value) if key in flags else np.asarray(value, np.float32)
+        key: np.asarray(value, None if key in flags else np.float32)
         for key, value in given.items()
     }
     rows = len(arrays["observations"]) if arrays["observations"].ndim else 0
