@@ -1,8 +1,8 @@
-"""Frozen config dataclasses to JSON and back, and JSON files that are never half written.
+"""Frozen config dataclasses to JSON and back, and JSON files never half written.
 
 Supported field types: bool, int, float, str, None, ``Literal``, ``tuple[T, ...]``,
-``tuple[A, B]``, ``dict[str, T]``, nested dataclasses and unions with None. Anything else is
-a `TypeError`: a config that cannot be read back should not be written.
+``tuple[A, B]``, ``dict[str, T]``, nested dataclasses and unions with None. Anything else
+is a `TypeError`: a config that cannot be read back should not be written.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import pathlib
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 Config = TypeVar("Config")
@@ -26,8 +26,8 @@ def to_json(value: Any) -> Any:
     """Turns a config into dicts, lists and scalars that strict JSON can hold.
 
     Args:
-        value: a dataclass, or anything that a field of one may hold. Numbers that are not
-            finite become the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+        value: a dataclass, or anything that a field of one may hold. Numbers that are
+            not finite become the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
 
     Raises:
         TypeError: if a value of another type is inside.
@@ -81,9 +81,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if kind is Any:
         return data
     if origin is Literal:
-        if not any(
-            data == choice and type(data) is type(choice) for choice in arguments
-        ):
+        if (type(data), data) not in [(type(choice), choice) for choice in arguments]:
             _wrong(where, data, "one of " + ", ".join(map(repr, arguments)))
         return data
     if origin in (typing.Union, types.UnionType):
@@ -168,7 +166,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{prefix}{error}") from error
 
 
-def unknown_name(noun: str, name: str, known: typing.Iterable[str]) -> str:
+def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """The text of an error about ``name``, with the nearest known one and all of them.
 
     Example:

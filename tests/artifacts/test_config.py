@@ -105,7 +105,7 @@ def test_absent_keys_take_defaults_and_ints_become_floats():
     ],
 )
 def test_errors_name_the_place_and_the_fix(data, words):
-    with pytest.raises(ValueError, match="expected|unknown|missing") as caught:
+    with pytest.raises(ValueError, match=r"expected|unknown|missing") as caught:
         config_lib.from_json(Outer, data)
     for word in words:
         assert word in str(caught.value)
