@@ -1,8 +1,8 @@
 """Frozen config dataclasses to JSON and back, and JSON files never half written.
 
 Supported field types: bool, int, float, str, None, ``Literal``, ``tuple[T, ...]``,
-``tuple[A, B]``, ``dict[str, T]``, nested dataclasses and unions with None. Anything else
-is a `TypeError`: a config that cannot be read back should not be written.
+``tuple[A, B]``, ``dict[str, T]``, nested dataclasses and unions with None. Anything
+else is a `TypeError`: a config that cannot be read back should not be written.
 """
 
 import dataclasses
