@@ -1,0 +1,45 @@
+"""What a run leaves on the disk: configs, metrics, checkpoints, provenance."""
+
+from emfuse_jax.artifacts.checkpoint import (
+    Restored,
+    best_step,
+    delete_after,
+    read_meta,
+    restore,
+    restore_latest,
+    save,
+    steps,
+    tree_digest,
+)
+from emfuse_jax.artifacts.config import (
+    differences,
+    from_json,
+    load_config,
+    read_json,
+    to_json,
+    write_json,
+)
+from emfuse_jax.artifacts.metrics import MetricWriter, export_csv, read_metrics
+from emfuse_jax.artifacts.provenance import provenance
+
+__all__ = [
+    "MetricWriter",
+    "Restored",
+    "best_step",
+    "delete_after",
+    "differences",
+    "export_csv",
+    "from_json",
+    "load_config",
+    "provenance",
+    "read_json",
+    "read_meta",
+    "read_metrics",
+    "restore",
+    "restore_latest",
+    "save",
+    "steps",
+    "to_json",
+    "tree_digest",
+    "write_json",
+]

@@ -1,0 +1,310 @@
+"""Checkpoints that survive ``kill -9`` and tell when they are damaged.
+
+Arrays are written by orbax, one folder per step, under a temporary name until all is
+written. Beside them go a digest of every leaf, since a flipped bit restores silently,
+and the shapes, so that a checkpoint of another architecture is told apart from a
+damaged one. Kept are the newest steps and the one with the best score.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emfuse_jax.artifacts.config import read_json, to_json
+
+_DELETED = ".deleted"
+
+
+class Restored(NamedTuple):
+    """What `restore_latest` found.
+
+    Attributes:
+        step: of the newest undamaged checkpoint.
+        tree: its arrays, placed as those of the template are.
+        damaged: newer steps that could not be read, with the reason.
+    """
+
+    step: int
+    tree: Any
+    damaged: dict[int, str]
+
+
+def save(
+    path: str | os.PathLike[str],
+    step: int,
+    tree: Any,
+    *,
+    config: Any = None,
+    score: float | None = None,
+    keep: int = 3,
+) -> None:
+    """Writes a checkpoint; it is complete on the disk when this returns.
+
+    Args:
+        path: the folder of all steps; made if absent.
+        step: must be newer than every step there; saving the newest again with the
+            same values does nothing.
+        tree: any pytree of arrays and numbers, typed keys included.
+        config: a dataclass or JSON value to keep with the arrays (see `read_meta`).
+        score: higher is better; the best-scored step is never deleted. NaN is no score.
+        keep: how many of the newest steps stay.
+
+    Raises:
+        ValueError: if a step at least as new is there, or ``keep`` is less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep}; expected at least 1")
+    folder = pathlib.Path(path).absolute()
+    tree = jax.tree.map(_canonical, tree)
+    meta = {
+        "step": int(step),
+        "score": None if score is None or np.isnan(score) else float(score),
+        "digest": tree_digest(tree),
+        "leaves": _describe(tree),
+        "config": to_json(config),
+    }
+    latest = max(steps(folder), default=-1)
+    if latest == step and _readable_meta(folder, step).get("digest") == meta["digest"]:
+        return
+    if latest >= step:
+        raise ValueError(
+            f"step {step} is not newer than step {latest} in {folder}; go on from "
+            "restore_latest(), or delete_after() the step to go on from"
+        )
+    _write(folder, step, tree, meta)
+    _delete(folder, set(steps(folder)) - _preserved(folder, keep))
+
+
+def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None) -> Any:
+    """Reads a checkpoint.
+
+    Args:
+        path: the folder given to `save`.
+        like: a tree of the same structure, shapes and dtypes (arrays or
+            ``jax.eval_shape``'s result); arrays go to its leaves' devices.
+        step: which one; None is the newest undamaged one.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or not that step.
+        ValueError: if the checkpoint is of another architecture (the first leaf that
+            differs is named), or the step asked for is damaged.
+    """
+    if step is None:
+        found = restore_latest(path, like)
+        if found is None:
+            raise FileNotFoundError(f"no checkpoint in {path}")
+        return found.tree
+    folder = pathlib.Path(path).absolute()
+    if step not in steps(folder):
+        raise FileNotFoundError(
+            f"no checkpoint of step {step} in {folder}; there are {steps(folder)}"
+        )
+    try:
+        return _read(folder, step, like)
+    except _DamageError as error:
+        raise ValueError(
+            f"checkpoint {folder / str(step)} is damaged ({error}); the steps there "
+            f"are {steps(folder)}"
+        ) from error
+
+
+def restore_latest(
+    path: str | os.PathLike[str], like: Any, *, discard_damaged: bool = False
+) -> Restored | None:
+    """Reads the newest checkpoint whose digest is right.
+
+    Args:
+        path: the folder given to `save`.
+        like: as in `restore`.
+        discard_damaged: delete the damaged steps that are newer, as a run must that is
+            going to save those steps again; leave it off where another process writes.
+
+    Returns:
+        The step found and its tree, or None where nothing was ever saved.
+
+    Raises:
+        ValueError: if the checkpoint is of another architecture, or all are damaged.
+    """
+    folder = pathlib.Path(path).absolute()
+    damaged: dict[int, str] = {}
+    for step in sorted(steps(folder), reverse=True):
+        try:
+            tree = _read(folder, step, like)
+        except _DamageError as error:
+            damaged[step] = str(error)
+            continue
+        if discard_damaged:
+            delete_after(folder, step)
+        return Restored(step, tree, damaged)
+    if damaged:
+        raise ValueError(f"every checkpoint in {folder} is damaged: {damaged}")
+    return None
+
+
+def steps(path: str | os.PathLike[str]) -> list[int]:
+    """The steps that were saved completely, oldest first."""
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
+
+
+def best_step(path: str | os.PathLike[str]) -> int | None:
+    """The step with the highest score, the newest of equals; None if none has one."""
+    scores = {step: _readable_meta(path, step).get("score") for step in steps(path)}
+    scored = [(score, step) for step, score in scores.items() if score is not None]
+    return max(scored)[1] if scored else None
+
+
+def delete_after(path: str | os.PathLike[str], step: int) -> None:
+    """Deletes every checkpoint newer than ``step``."""
+    _delete(pathlib.Path(path), {newer for newer in steps(path) if newer > step})
+
+
+def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """What was saved beside the arrays.
+
+    Returns:
+        A dict with ``step``, ``score``, ``digest``, ``leaves`` and ``config``.
+
+    Raises:
+        FileNotFoundError: if there is no such step.
+        ValueError: if the file is damaged.
+    """
+    return read_json(pathlib.Path(path) / str(step) / "meta" / "metadata")
+
+
+def tree_digest(tree: Any) -> str:
+    """A digest of every leaf's name, shape, dtype and bits.
+
+    Example:
+        >>> tree_digest({"w": jnp.zeros(2)}) == tree_digest({"w": jnp.zeros(2)})
+        True
+        >>> tree_digest({"w": jnp.zeros(2)}) == tree_digest({"w": -jnp.zeros(2)})
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in _named_leaves(jax.tree.map(_canonical, tree)):
+        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        digest.update(f"{name}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class _DamageError(Exception):
+    """A checkpoint that cannot be read, or whose values are not those saved."""
+
+
+def _read(folder: pathlib.Path, step: int, like: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    try:
+        meta = read_meta(folder, step)
+        saved, digest = meta["leaves"], meta["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _DamageError(_brief(error)) from error
+    _check_architecture(saved, _describe(like), folder / str(step))
+    template = jax.tree.map(_placed, like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(folder / str(step) / "state", template)
+    except Exception as error:  # orbax, tensorstore and zarr raise what they like
+        raise _DamageError(_brief(error)) from error
+    if tree_digest(tree) != digest:
+        raise _DamageError("the digest does not match: bits have changed on the disk")
+    return tree
+
+
+def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> None:
+    """Writes under a temporary name, which orbax changes when all is on the disk."""
+    import orbax.checkpoint as ocp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(leftover)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            folder / str(step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+
+def _preserved(folder: pathlib.Path, keep: int) -> set[int]:
+    return {*steps(folder)[-keep:], best_step(folder)} - {None}
+
+
+def _delete(folder: pathlib.Path, unwanted: set[int]) -> None:
+    trash = folder / _DELETED
+    for step in sorted(unwanted):
+        # Renamed first: a kill in the middle leaves no half of a checkpoint behind.
+        trash.mkdir(exist_ok=True)
+        os.replace(folder / str(step), trash / f"{step}-{os.getpid()}")
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _readable_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    try:
+        return read_meta(path, step)
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_architecture(saved: Any, expected: Any, where: pathlib.Path) -> None:
+    for name in dict.fromkeys([*saved, *expected]):
+        here, there = expected.get(name), saved.get(name)
+        if here != there:
+            raise ValueError(
+                f"{where} is of another architecture: leaf {name} is "
+                f"{there or 'absent'} in the checkpoint, {here or 'absent'} in the "
+                "model; build the model with the config that it was trained with"
+            )
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    return {
+        name: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+        for name, leaf in _named_leaves(tree)
+    }
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return [(name(path), leaf) for path, leaf in leaves]
+
+
+def _canonical(leaf: Any) -> Any:
+    """Python numbers as the arrays that jax would make of them."""
+    if isinstance(leaf, bool | int | float):
+        return np.asarray(leaf, jnp.result_type(leaf))
+    return leaf
+
+
+def _placed(leaf: Any) -> Any:
+    """The leaf as a template: shape, dtype and where to put it."""
+    if isinstance(leaf, bool | int | float | np.ndarray | np.generic):
+        return leaf
+    sharding = leaf.sharding
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
+def _brief(error: BaseException) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first[:160]}"
