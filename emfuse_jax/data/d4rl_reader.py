@@ -1,0 +1,173 @@
+"""HDF5 files in D4RL's layout: one array per key, one row per step.
+
+Keys: ``observations``, ``actions``, ``rewards``, ``terminals``, ``timeouts`` and, in
+some files only, ``next_observations``. Ours add ``qpos`` and ``qvel`` (float64), the
+simulator's state before each step, and attributes that say how the file was made.
+
+Reference: Fu et al., "D4RL", 2020, https://arxiv.org/abs/2004.07219.
+"""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from emfuse_jax.data.dataset import Dataset, make_dataset
+
+KEYS = (
+    "observations",
+    "actions",
+    "rewards",
+    "next_observations",
+    "terminals",
+    "timeouts",
+)
+
+
+def read_d4rl(path: str | pathlib.Path, *, min_length: int = 1) -> Dataset:
+    """Reads a file as a checked `Dataset`.
+
+    Where a file has no ``next_observations``, they are the next row's observations. The
+    last step of an episode has none, so it is left out, and with it the knowledge of
+    how the episode ended: such data teach no termination.
+
+    Args:
+        path: the file.
+        min_length: the shortest episode that the caller can use.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is not a whole HDF5 file, or for what `make_dataset` refuses.
+    """
+    arrays = read_arrays(path)
+    given = {key: arrays.get(key) for key in KEYS}
+    if given["next_observations"] is None and all(
+        given[key] is not None for key in KEYS if key != "next_observations"
+    ):
+        given = _derive_next(given, str(path))
+    return make_dataset(**given, min_length=min_length, source=str(path))
+
+
+def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays at the top of the file, by name, unchecked.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is not a whole HDF5 file.
+    """
+    h5py = _import_h5py()
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(
+            f"no file {str(path)!r}; check the path, or make data with "
+            "python -m experiments.collect_data"
+        )
+    try:
+        with h5py.File(path, "r") as file:
+            return {
+                key: value[()]
+                for key, value in file.items()
+                if isinstance(value, h5py.Dataset)
+            }
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a whole HDF5 file, truncated perhaps ({error}); copy or "
+            "download it again"
+        ) from error
+
+
+def read_attributes(path: str | pathlib.Path) -> dict[str, Any]:
+    """The file's attributes: how it was made."""
+    h5py = _import_h5py()
+    with h5py.File(path, "r") as file:
+        return dict(file.attrs)
+
+
+def write_d4rl(
+    path: str | pathlib.Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    attributes: Mapping[str, str | float | int] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a file in D4RL's layout, whole or not at all.
+
+    It is written beside its place and moved there, so that a reader never sees half a
+    file and an interrupted writer leaves an older file as it was.
+
+    Args:
+        path: where; missing folders are made.
+        arrays: the keys of `read_d4rl` and any others.
+        attributes: how the data were made.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: if the file exists and ``overwrite`` is false.
+        ValueError: if the arrays are not data that `read_d4rl` would accept.
+    """
+    h5py = _import_h5py()
+    path = pathlib.Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists; choose another name, delete it, or ask to overwrite it"
+        )
+    given: dict[str, Any] = {key: arrays.get(key) for key in KEYS}
+    make_dataset(**given, source=str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        with h5py.File(name, "w") as file:
+            for key, value in arrays.items():
+                file.create_dataset(
+                    key,
+                    data=value,
+                    compression="gzip",
+                    compression_opts=4,
+                    shuffle=True,
+                )
+            file.attrs.update(attributes or {})
+        os.replace(name, path)
+    except BaseException:
+        pathlib.Path(name).unlink(missing_ok=True)
+        raise
+
+
+def dataset_arrays(dataset: Dataset) -> dict[str, np.ndarray]:
+    """A `Dataset` under D4RL's keys, for `write_d4rl`."""
+    return {
+        "observations": np.asarray(dataset.observation),
+        "actions": np.asarray(dataset.action),
+        "rewards": np.asarray(dataset.reward),
+        "next_observations": np.asarray(dataset.next_observation),
+        "terminals": np.asarray(dataset.terminated),
+        "timeouts": np.asarray(dataset.truncated),
+    }
+
+
+def _derive_next(given: dict[str, Any], source: str) -> dict[str, Any]:
+    # Checked as a whole first, so that errors name the file's own rows.
+    checked = {**given, "next_observations": given["observations"]}
+    data = make_dataset(**checked, source=source)
+    last = data.terminated | data.truncated
+    keep = np.flatnonzero(~last)
+    return {
+        "observations": data.observation[keep],
+        "actions": data.action[keep],
+        "rewards": data.reward[keep],
+        "next_observations": data.observation[keep + 1],
+        "terminals": np.zeros(len(keep), bool),
+        "timeouts": last[keep + 1],
+    }
+
+
+def _import_h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(
+            "HDF5 files need h5py; pip install h5py, or use --format=minari"
+        ) from error
+    return h5py
