@@ -1,0 +1,1 @@
+"""Policies: learners that act."""

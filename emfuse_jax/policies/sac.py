@@ -1,0 +1,330 @@
+"""Soft actor-critic with an ensemble of critics and a learned temperature.
+
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018
+(https://arxiv.org/abs/1812.05905). The losses are pure functions of arrays, one number
+per example; `sac` puts them together into a `base.Policy`. Both clipped double
+Q-learning (``num_critics=2``) and larger ensembles take the minimum over critics.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from emfuse_jax import distributions
+from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
+from emfuse_jax.nets.critic import gaussian_actor, q_ensemble
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SacConfig:
+    """Settings of `sac`; the defaults are those of the 2018 paper.
+
+    Attributes:
+        hidden_sizes: of the actor and of every critic.
+        actor_learning_rate: Adam.
+        actor_decay_steps: anneal the actor's rate to 0 along a cosine over this many
+            updates; None keeps it constant.
+        critic_learning_rate: Adam.
+        temperature_learning_rate: Adam, on the log temperature.
+        discount: γ.
+        target_update_rate: τ of the target critics' moving average; 1 copies.
+        target_entropy: in nats; None is minus the action size. 0 means 0.
+        init_temperature: where the learned temperature starts.
+        max_temperature: upper bound of the learned temperature (1.0 in the energy
+            transition model's policies); None is no bound.
+        fixed_temperature: use this temperature and learn none; None learns it.
+        num_critics: size of the ensemble whose minimum is the target.
+        log_std_bounds: clip of the actor's log standard deviation.
+        backup_entropy: whether the target's value includes the entropy bonus.
+    """
+
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    actor_learning_rate: float = 3e-4
+    actor_decay_steps: int | None = None
+    critic_learning_rate: float = 3e-4
+    temperature_learning_rate: float = 3e-4
+    discount: float = 0.99
+    target_update_rate: float = 0.005
+    target_entropy: float | None = None
+    init_temperature: float = 1.0
+    max_temperature: float | None = None
+    fixed_temperature: float | None = None
+    num_critics: int = 2
+    log_std_bounds: tuple[float, float] = (-5.0, 2.0)
+    backup_entropy: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.discount <= 1.0:
+            raise ValueError(f"discount={self.discount}; expected a number in [0, 1]")
+        if not 0.0 < self.target_update_rate <= 1.0:
+            raise ValueError(
+                f"target_update_rate={self.target_update_rate}; expected a number in "
+                "(0, 1]"
+            )
+        for name in ("init_temperature", "max_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"{name}={value}; expected a positive temperature")
+        if self.fixed_temperature is not None and self.fixed_temperature < 0.0:
+            raise ValueError(
+                f"fixed_temperature={self.fixed_temperature}; expected 0 or more, or "
+                "None to learn it"
+            )
+
+
+class SacParams(NamedTuple):
+    """What `sac` learns. ``critic`` leaves have a leading ``model`` axis."""
+
+    actor: Params
+    critic: Params
+    log_temperature: Float[Array, ""]
+
+
+class SacState(NamedTuple):
+    """``optimizer_state`` has the fields of `SacParams`; ``step`` counts updates."""
+
+    params: SacParams
+    target_critic: Params
+    optimizer_state: SacParams
+    step: jax.Array
+
+
+def critic_target(
+    reward: Float[Array, "*batch"],
+    terminated: Bool[Array, "*batch"],
+    next_q: Float[Array, "model *batch"],
+    next_log_prob: Float[Array, "*batch"],
+    *,
+    temperature: float | jax.Array,
+    discount: float,
+) -> Float[Array, "*batch"]:
+    """``r + γ (1 − terminated) (min_i Q_i(s', a') − α log π(a'|s'))``, eqs. 2 and 3.
+
+    A time limit is no termination: pass ``terminated``, never "done". Temperature 0
+    leaves the entropy out of the backup.
+
+    Example:
+        >>> q, log_prob = jnp.array([[4.0], [3.0]]), jnp.array([-1.0])
+        >>> target = critic_target(jnp.array([1.0]), jnp.array([False]), q, log_prob,
+        ...                        temperature=0.5, discount=0.9)
+        >>> round(float(target[0]), 3)
+        4.15
+    """
+    next_value = jnp.min(next_q, axis=0) - temperature * next_log_prob
+    return reward + discount * jnp.where(terminated, 0.0, next_value)
+
+
+def critic_loss(
+    q: Float[Array, "model *batch"], target: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """``Σ_i (Q_i − y)²``: every critic regresses on the same target, without the ½."""
+    return jnp.sum(jnp.square(q - jax.lax.stop_gradient(target)[None]), axis=0)
+
+
+def actor_loss(
+    q: Float[Array, "model *batch"],
+    log_prob: Float[Array, "*batch"],
+    *,
+    temperature: float | jax.Array,
+) -> Float[Array, "*batch"]:
+    """``α log π(a|s) − min_i Q_i(s, a)`` for a reparameterised ``a`` (equation 7)."""
+    return jax.lax.stop_gradient(temperature) * log_prob - jnp.min(q, axis=0)
+
+
+def temperature_loss(
+    log_temperature: Float[Array, ""],
+    log_prob: Float[Array, "*batch"],
+    *,
+    target_entropy: float,
+) -> Float[Array, "*batch"]:
+    """``−log α (log π + H)``; its gradient is zero where the entropy equals ``H``.
+
+    This is equation 18 with α replaced by log α, as every published implementation
+    does: the fixed point is the same and steps do not shrink with α.
+    """
+    return -log_temperature * jax.lax.stop_gradient(log_prob + target_entropy)
+
+
+def sac(config: SacConfig, spec: SpaceSpec) -> Policy:
+    """Soft actor-critic.
+
+    ``init(key) -> SacState``; ``update(key, state, batch: Transition) -> (state,
+    metrics)`` is one gradient step of the critics, the actor and the temperature on one
+    batch ``[batch]``; ``act(params, key, observation, *, deterministic=False)`` samples
+    or takes ``tanh(mean)`` (``key`` is then unused and may be None); ``energy(params,
+    observation, action)`` is ``−log π(a|s)``, a normalised density and so comparable
+    between policies.
+
+    Args:
+        config: see `SacConfig`.
+        spec: sizes of the spaces; actions live in [−1, 1].
+
+    Returns:
+        A `Policy` whose state is a `SacState`.
+    """
+    actor = gaussian_actor(
+        spec.action_size, config.hidden_sizes, log_std_bounds=config.log_std_bounds
+    )
+    critic = q_ensemble(config.num_critics, config.hidden_sizes)
+    optimizers = _optimizers(config)
+
+    def init(key: jax.Array) -> SacState:
+        key_actor, key_critic = jax.random.split(key)
+        observation = jnp.zeros(spec.observation_size)
+        temperature = config.fixed_temperature
+        if temperature is None:
+            temperature = config.init_temperature
+        params = SacParams(
+            actor=actor.init(key_actor, observation),
+            critic=critic.init(key_critic, observation, jnp.zeros(spec.action_size)),
+            log_temperature=jnp.asarray(
+                math.log(temperature) if temperature > 0.0 else -jnp.inf, jnp.float32
+            ),
+        )
+        return SacState(
+            params=params,
+            target_critic=jax.tree.map(jnp.copy, params.critic),
+            optimizer_state=SacParams(
+                *(tx.init(p) for tx, p in zip(optimizers, params, strict=True))
+            ),
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    def sample(
+        actor_params: Params, key: jax.Array, observation: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return distributions.sample_and_log_prob(
+            key, *actor.apply(actor_params, observation)
+        )
+
+    def update(
+        key: jax.Array, state: SacState, batch: Transition
+    ) -> tuple[SacState, Metrics]:
+        return _update(
+            config, spec, sample, critic.apply, optimizers, key, state, batch
+        )
+
+    def act(
+        params: SacParams,
+        key: jax.Array | None,
+        observation: jax.Array,
+        *,
+        deterministic: bool = False,
+    ) -> jax.Array:
+        if deterministic:
+            return distributions.mode(actor.apply(params.actor, observation)[0])
+        if key is None:
+            raise ValueError(
+                "act(key=None) samples nothing; pass a key or deterministic=True"
+            )
+        return sample(params.actor, key, observation)[0]
+
+    def energy(
+        params: SacParams, observation: jax.Array, action: jax.Array
+    ) -> jax.Array:
+        return -distributions.log_prob(*actor.apply(params.actor, observation), action)
+
+    return Policy(init=init, update=update, act=act, energy=energy)
+
+
+def _optimizers(config: SacConfig) -> SacParams:
+    """One Adam per part; the actor's rate may decay."""
+    actor_rate: Any = config.actor_learning_rate
+    if config.actor_decay_steps is not None:
+        actor_rate = optax.cosine_decay_schedule(actor_rate, config.actor_decay_steps)
+    return SacParams(
+        actor=optax.adam(actor_rate),
+        critic=optax.adam(config.critic_learning_rate),
+        log_temperature=optax.adam(config.temperature_learning_rate),
+    )
+
+
+def _update(
+    config: SacConfig,
+    spec: SpaceSpec,
+    sample: Any,
+    apply_critic: Any,
+    optimizers: SacParams,
+    key: jax.Array,
+    state: SacState,
+    batch: Transition,
+) -> tuple[SacState, Metrics]:
+    """One step: critics first, then the actor against the new critics (as in the
+    paper)."""
+    key_target, key_actor = jax.random.split(key)
+    params = state.params
+    temperature = jnp.exp(params.log_temperature)
+
+    next_action, next_log_prob = sample(
+        params.actor, key_target, batch.next_observation
+    )
+    target = critic_target(
+        batch.reward,
+        batch.terminated,
+        apply_critic(state.target_critic, batch.next_observation, next_action),
+        next_log_prob,
+        temperature=temperature if config.backup_entropy else 0.0,
+        discount=config.discount,
+    )
+
+    def critic_objective(critic_params: Params) -> tuple[jax.Array, jax.Array]:
+        q = apply_critic(critic_params, batch.observation, batch.action)
+        return jnp.mean(critic_loss(q, target)), q
+
+    def actor_objective(actor_params: Params) -> tuple[jax.Array, jax.Array]:
+        action, log_prob = sample(actor_params, key_actor, batch.observation)
+        q = apply_critic(new_critic, batch.observation, action)
+        return jnp.mean(actor_loss(q, log_prob, temperature=temperature)), log_prob
+
+    def temperature_objective(log_temperature: jax.Array) -> jax.Array:
+        # `is None`, not truth: an honest 0 is a target.
+        entropy = config.target_entropy
+        entropy = -float(spec.action_size) if entropy is None else entropy
+        return jnp.mean(
+            temperature_loss(log_temperature, log_prob, target_entropy=entropy)
+        )
+
+    def step(name: str, gradient: Any) -> tuple[Any, Any]:
+        optimizer, value = getattr(optimizers, name), getattr(params, name)
+        updates, new = optimizer.update(
+            gradient, getattr(state.optimizer_state, name), value
+        )
+        return optax.apply_updates(value, updates), new
+
+    (loss_q, q), gradient = jax.value_and_grad(critic_objective, has_aux=True)(
+        params.critic
+    )
+    new_critic, critic_opt = step("critic", gradient)
+    (loss_pi, log_prob), gradient = jax.value_and_grad(actor_objective, has_aux=True)(
+        params.actor
+    )
+    new_actor, actor_opt = step("actor", gradient)
+    new_log, log_opt = params.log_temperature, state.optimizer_state.log_temperature
+    if config.fixed_temperature is None:
+        new_log, log_opt = step(
+            "log_temperature", jax.grad(temperature_objective)(new_log)
+        )
+        if config.max_temperature is not None:
+            new_log = jnp.minimum(new_log, math.log(config.max_temperature))
+
+    metrics = {
+        "critic_loss": loss_q,
+        "actor_loss": loss_pi,
+        "q_mean": jnp.mean(q),
+        "entropy": -jnp.mean(log_prob),
+        "temperature": temperature,
+    }
+    new_state = SacState(
+        params=SacParams(new_actor, new_critic, new_log),
+        target_critic=optax.incremental_update(
+            new_critic, state.target_critic, config.target_update_rate
+        ),
+        optimizer_state=SacParams(actor_opt, critic_opt, log_opt),
+        step=state.step + 1,
+    )
+    return new_state, metrics

@@ -1,0 +1,132 @@
+"""SAC reaches the optimal values of the probe environments.
+
+All probes have one observation and one action, so one compiled program trains them side
+by side, as a vmapped axis, on transitions from uniform random actions.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emfuse_jax import tree
+from emfuse_jax.envs import toy
+from emfuse_jax.envs.base import auto_reset
+from emfuse_jax.loops import fit, scan_steps
+from emfuse_jax.nets.critic import q_ensemble
+from emfuse_jax.policies.sac import SacConfig, sac
+
+DISCOUNT = 0.5
+PROBES = (
+    "constant_reward",
+    "observed_reward",
+    "delayed_reward",
+    "endless_reward",
+    "best_action",
+    "matching_action",
+    "two_state",
+)
+CONFIG = SacConfig(
+    hidden_sizes=(32, 32),
+    discount=DISCOUNT,
+    fixed_temperature=0.0,
+    target_update_rate=0.05,
+    actor_learning_rate=1e-3,
+    critic_learning_rate=3e-3,
+)
+
+
+def random_transitions(key, env, num_steps=512):
+    """Random actions, restarting after two steps at the latest."""
+    envs = auto_reset(env, max_steps=2)
+    key_reset, key_run = jax.random.split(key)
+    state, _ = envs.reset(key_reset)
+
+    def step(step_key, carry):
+        key_action, key_step = jax.random.split(step_key)
+        action = jax.random.uniform(key_action, (1,), minval=-1.0, maxval=1.0)
+        return envs.step(key_step, carry, action)
+
+    return scan_steps(key_run, step, state, num_steps)[1]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    policy = sac(CONFIG, toy.constant_reward().spec)
+    data = tree.stack(
+        [
+            jax.jit(random_transitions, static_argnums=1)(
+                jax.random.key(i), getattr(toy, name)()
+            )
+            for i, name in enumerate(PROBES)
+        ]
+    )
+
+    def sample(key, arrays):
+        index = jax.random.randint(key, (64,), 0, arrays.reward.shape[0])
+        return jax.tree.map(lambda leaf: leaf[index], arrays)
+
+    def train(key, arrays):
+        key_init, key_run = jax.random.split(key)
+        state = policy.init(key_init)
+        return fit(key_run, policy, state, sample, 1000, data=arrays)[0]
+
+    keys = jax.random.split(jax.random.key(0), len(PROBES))
+    states = jax.jit(jax.vmap(train))(keys, data)
+    critic = q_ensemble(CONFIG.num_critics, CONFIG.hidden_sizes)
+
+    def value(name, observation, action):
+        params = tree.unstack(states.params)[PROBES.index(name)]
+        row = (jnp.array([observation]), jnp.array([action]))
+        return float(critic.apply(params.critic, *row).min())
+
+    def action(name, observation):
+        params = tree.unstack(states.params)[PROBES.index(name)]
+        row = jnp.array([observation])
+        return float(policy.act(params, None, row, deterministic=True)[0])
+
+    return value, action, data
+
+
+def test_constant_reward(trained):
+    np.testing.assert_allclose(trained[0]("constant_reward", 0.0, 0.3), 1.0, atol=0.02)
+
+
+def test_observed_reward(trained):
+    values = [trained[0]("observed_reward", s, 0.3) for s in (-1.0, 1.0)]
+    np.testing.assert_allclose(values, [-1.0, 1.0], atol=0.05)
+
+
+def test_delayed_reward_is_discounted_once(trained):
+    values = [trained[0]("delayed_reward", s, 0.3) for s in (0.0, 1.0)]
+    # Without the bootstrap the first would be 0, without the discount 1.
+    np.testing.assert_allclose(values, [DISCOUNT, 1.0], atol=0.05)
+
+
+def test_time_limits_are_bootstrapped_through(trained):
+    value, _, data = trained
+    truncated = data.truncated[PROBES.index("endless_reward")]
+    assert truncated.mean() == 0.5
+    # Cutting at the limit would give 1 + γ/2 · 1 + … = 4/3 for half the rows instead of
+    # 2.
+    np.testing.assert_allclose(value("endless_reward", 0.0, 0.3), 2.0, atol=0.05)
+
+
+def test_best_action_is_found(trained):
+    value, action, _ = trained
+    np.testing.assert_allclose(action("best_action", 0.0), 0.5, atol=0.1)
+    np.testing.assert_allclose(value("best_action", 0.0, 0.5), 1.0, atol=0.05)
+
+
+def test_action_follows_the_observation(trained):
+    actions = [trained[1]("matching_action", s) for s in (-1.0, 1.0)]
+    np.testing.assert_allclose(actions, [-0.5, 0.5], atol=0.1)
+
+
+def test_two_state_values_are_those_of_the_optimal_policy(trained):
+    value, action, _ = trained
+    # V(1) = 1/(1 − γ) = 2 by staying, V(−1) = −0.5 + γ V(1) = 0.5 by moving.
+    assert action("two_state", 1.0) < 0.0 < action("two_state", -1.0)
+    found = [value("two_state", s, a) for s in (-1.0, 1.0) for a in (-0.6, 0.6)]
+    best = np.array([0.0 + DISCOUNT * 0.5, 0.5, 2.0, -0.5 + DISCOUNT * 0.5])
+    np.testing.assert_allclose(found, best, atol=0.12)
