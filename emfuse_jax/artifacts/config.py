@@ -52,7 +52,7 @@ def from_json(kind: type[Config], data: Any, *, where: str = "") -> Config:
     A key that is absent takes the field's default.
 
     Args:
-        kind: a dataclass, or a type that a field of one may have.
+        kind: a dataclass.
         data: what `to_json` returned, or a person wrote.
         where: the dotted name of the place in a larger config, for error texts.
 
@@ -71,10 +71,11 @@ def from_json(kind: type[Config], data: Any, *, where: str = "") -> Config:
         Traceback (most recent call last):
         ValueError: unknown key 'hidden_size'; did you mean 'hidden_sizes'? Known: ...
     """
-    return typing.cast(Config, _decode(kind, data, where))
+    return typing.cast(Config, decode(kind, data, where))
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
+def decode(kind: Any, data: Any, where: str = "") -> Any:
+    """`from_json` for any type that a field may have, not only dataclasses."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
@@ -91,7 +92,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if origin is dict and arguments[0] is str:
         if not isinstance(data, Mapping):
             _wrong(where, data, "an object")
-        return {k: _decode(arguments[1], v, _join(where, k)) for k, v in data.items()}
+        return {k: decode(arguments[1], v, _join(where, k)) for k, v in data.items()}
     if kind in (None, type(None), bool, int, float, str):
         return _decode_scalar(kind, data, where)
     raise TypeError(f"{where or 'config'}: fields of type {kind} are not supported")
@@ -120,11 +121,11 @@ def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
         return None
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:
-        return _decode(options[0], data, where)
+        return decode(options[0], data, where)
     # An int given for `float | int` stays an int: exact types first.
     for option in sorted(options, key=lambda option: option is not type(data)):
         try:
-            return _decode(option, data, where)
+            return decode(option, data, where)
         except ValueError:
             continue
     return _wrong(where, data, " or ".join(map(str, options)))
@@ -138,7 +139,7 @@ def _decode_tuple(arguments: tuple[Any, ...], data: Any, where: str) -> tuple[An
     elif len(data) != len(arguments):
         _wrong(where, data, f"a list of {len(arguments)}")
     pairs = enumerate(zip(arguments, data, strict=True))
-    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
+    return tuple(decode(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
 
 
 def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
@@ -159,7 +160,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     ]
     if absent:
         raise ValueError(f"{prefix}missing {', '.join(absent)}, which has no default")
-    values = {k: _decode(hints[k], v, _join(where, k)) for k, v in data.items()}
+    values = {k: decode(hints[k], v, _join(where, k)) for k, v in data.items()}
     try:
         return kind(**values)
     except ValueError as error:

@@ -1,0 +1,1 @@
+"""Command lines: parse → build → fit → write. Run from a checkout, not installed."""
