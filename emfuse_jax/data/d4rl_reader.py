@@ -9,7 +9,6 @@ Reference: Fu et al., "D4RL", 2020, https://arxiv.org/abs/2004.07219.
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,10 +115,10 @@ def write_d4rl(
     given: dict[str, Any] = {key: arrays.get(key) for key in KEYS}
     make_dataset(**given, source=str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    # Not tempfile, whose files only their owner may read.
+    partial = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
-        with h5py.File(name, "w") as file:
+        with h5py.File(partial, "w") as file:
             for key, value in arrays.items():
                 file.create_dataset(
                     key,
@@ -129,9 +128,9 @@ def write_d4rl(
                     shuffle=True,
                 )
             file.attrs.update(attributes or {})
-        os.replace(name, path)
+        os.replace(partial, path)
     except BaseException:
-        pathlib.Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 
