@@ -42,7 +42,7 @@ def save(
     tree: Any,
     *,
     config: Any = None,
-    score: float | None = None,
+    score: jax.typing.ArrayLike | None = None,
     keep: int = 3,
 ) -> None:
     """Writes a checkpoint; it is complete on the disk when this returns.
@@ -63,9 +63,10 @@ def save(
         raise ValueError(f"keep={keep}; expected at least 1")
     folder = pathlib.Path(path).absolute()
     tree = jax.tree.map(_canonical, tree)
+    number = None if score is None else float(np.asarray(score))
     meta = {
         "step": int(step),
-        "score": None if score is None or np.isnan(score) else float(score),
+        "score": None if number is None or np.isnan(number) else number,
         "digest": tree_digest(tree),
         "leaves": _describe(tree),
         "config": to_json(config),

@@ -12,7 +12,7 @@ from emfuse_jax.data.dataset import episode_bounds
 from emfuse_jax.data.load import load_dataset
 
 pytest.importorskip("experiments")
-from experiments.collect_data import CollectConfig, episode_speeds, run
+from experiments.collect_data import CollectConfig, episode_speeds, main, run
 
 
 def config(tmp_path, **changes):
@@ -149,3 +149,20 @@ def test_bad_input_is_refused_before_rolling(tmp_path):
         run(config(tmp_path, out=str(tmp_path / "other.hdf5")))
     assert (tmp_path / "other.hdf5").read_text() == "precious"
     assert not (tmp_path / "out.hdf5").exists()
+
+
+def test_the_command_line_says_what_it_made_and_what_is_wrong(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("EMFUSE_JAX_CACHE", "0")
+    argv = ["collect_data", "--steps=100", "--num_envs=2"]
+    assert main([*argv, f"--out={tmp_path / 'a.hdf5'}"]) == 0
+    assert "100 steps" in capsys.readouterr().out
+    assert main([*argv, f"--out={tmp_path / 'b.hdf5'}", "--env=ant"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown environment 'ant'" in error
+    assert "Traceback" not in error
+    assert main(argv) == 2
+    assert "--out is required" in capsys.readouterr().err
+    assert main(["collect_data", "--help"]) == 0
+    assert "--min_speed" in capsys.readouterr().out

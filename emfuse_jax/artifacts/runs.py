@@ -1,0 +1,217 @@
+"""Trained models from run directories alone.
+
+``model.json`` says what was trained: its kind, its config and its spaces (of a fusion, its
+members'). The arrays are in ``checkpoints/``.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emfuse_jax import dynamics, policies
+from emfuse_jax.artifacts.checkpoint import best_step, restore, steps
+from emfuse_jax.artifacts.config import (
+    from_json,
+    read_json,
+    to_json,
+    unknown_name,
+    write_json,
+)
+from emfuse_jax.base import Dynamics, Params, Policy, SpaceSpec, TransitionModel
+from emfuse_jax.data.normalizer import Normalizer
+from emfuse_jax.tree import stack
+
+MODEL_FILE = "model.json"
+
+
+class _Kind(NamedTuple):
+    config: type
+    build: Callable[[Any, SpaceSpec], Any]
+
+
+KINDS = {
+    "adetm": _Kind(dynamics.AdetmConfig, dynamics.adetm),
+    "etm": _Kind(dynamics.EtmConfig, dynamics.etm),
+    "ensemble": _Kind(dynamics.EnsembleConfig, dynamics.gaussian_ensemble),
+    "sac": _Kind(policies.SacConfig, policies.sac),
+}
+"""What `load_run` can rebuild, besides fusions of dynamics."""
+
+
+class Trained(NamedTuple):
+    """A model with its parameters; of ``model`` and ``policy`` one is None.
+
+    ``learner`` is what trained it (None for a fusion), ``step`` the checkpoint's.
+    """
+
+    description: dict[str, Any]
+    spec: SpaceSpec
+    params: Params
+    step: int
+    model: TransitionModel | None = None
+    policy: Policy | None = None
+    learner: Dynamics | Policy | None = None
+
+
+def describe(kind: str, config: Any, spec: SpaceSpec) -> dict[str, Any]:
+    """The content of ``model.json`` for one learner.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(unknown_name("model", kind, KINDS))
+    return {"kind": kind, "config": to_json(config), "spec": spec._asdict()}
+
+
+def describe_fusion(
+    members: Sequence[dict[str, Any]], config: dynamics.FusionConfig
+) -> dict[str, Any]:
+    """The content of ``model.json`` for a fusion.
+
+    Raises:
+        ValueError: if the members' spaces differ.
+    """
+    specs = [member["spec"] for member in members]
+    for index, spec in enumerate(specs):
+        if spec != specs[0]:
+            raise ValueError(
+                f"expert {index} has {_sizes(spec)}, expert 0 has {_sizes(specs[0])}; only "
+                "experts of one environment can be fused"
+            )
+    return {
+        "kind": "fused",
+        "config": to_json(config),
+        "spec": specs[0],
+        "members": list(members),
+    }
+
+
+def write_description(path: str | os.PathLike[str], description: dict[str, Any]) -> None:
+    """Writes ``model.json`` into a run directory."""
+    write_json(pathlib.Path(path) / MODEL_FILE, description)
+
+
+def build(description: dict[str, Any]) -> Any:
+    """The learner (or, of a fusion, the `TransitionModel`) that a description names."""
+    kind, spec = description["kind"], SpaceSpec(**description["spec"])
+    if kind == "fused":
+        return _build_fusion(description)
+    if kind not in KINDS:
+        raise ValueError(unknown_name("model", kind, KINDS))
+    config = from_json(KINDS[kind].config, description["config"], where=kind)
+    return KINDS[kind].build(config, spec)
+
+
+def is_uniform(members: Sequence[dict[str, Any]]) -> bool:
+    """Whether members share one architecture, so that their params are a stack."""
+    return all(_architecture(member) == _architecture(members[0]) for member in members)
+
+
+def join_params(members: Sequence[dict[str, Any]], params: Sequence[Params]) -> Params:
+    """The params of a fusion: a stack ``[model, …]`` of one architecture, or a tuple."""
+    return stack(params) if is_uniform(members) else tuple(params)
+
+
+def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Trained:
+    """Rebuilds a model and its best checkpoint (else its newest) from a run directory.
+
+    Args:
+        path: the run directory.
+        step: another checkpoint than the best.
+
+    Raises:
+        FileNotFoundError: if it is no run directory or has no checkpoint yet.
+        ValueError: if a file in it was not written by this package, or the checkpoint is
+            of another architecture than ``model.json`` says.
+    """
+    path = pathlib.Path(path)
+    if not (path / MODEL_FILE).exists():
+        raise FileNotFoundError(
+            f"{path} has no {MODEL_FILE}; give the run directory of a trained model "
+            "(what --run_dir named when it was trained)"
+        )
+    description = read_json(path / MODEL_FILE)
+    folder = path / "checkpoints"
+    if step is None:
+        step = best_step(folder)
+    if step is None:
+        step = max(steps(folder), default=None)
+    if step is None:
+        raise FileNotFoundError(f"{path} has no checkpoint yet; rerun its command")
+    built = build(description)
+    spec = SpaceSpec(**description["spec"])
+    if description["kind"] == "fused":
+        params = restore(folder, _fusion_template(description), step=step)
+        return Trained(description, spec, params, step, model=built)
+    state = restore(folder, _template(description, built), step=step)
+    if isinstance(built, Policy):
+        return Trained(description, spec, state.params, step, policy=built, learner=built)
+    return Trained(
+        description, spec, state.params, step, model=built.model, learner=built
+    )
+
+
+def _template(description: dict[str, Any], learner: Any) -> Any:
+    """Shapes of the learner's state, without computing one."""
+    key = jax.random.key(0)
+    if isinstance(learner, Policy):
+        return jax.eval_shape(learner.init, key)
+    return jax.eval_shape(learner.init, key, scales_template(description))
+
+
+def _fusion_template(description: dict[str, Any]) -> Any:
+    def params(member: dict[str, Any]) -> Any:
+        return _template(member, build(member)).params
+
+    members = description["members"]
+    shapes = [params(member) for member in members]
+    return jax.eval_shape(lambda trees: join_params(members, trees), shapes)
+
+
+def scales_template(description: dict[str, Any]) -> dynamics.Scales:
+    """Scales of the right shapes for a dynamics model's ``init``."""
+    spec = SpaceSpec(**description["spec"])
+    lags = description["config"].get("num_lags", 1)
+
+    def ones(*shape: int) -> Normalizer:
+        return Normalizer(jnp.zeros(shape), jnp.ones(shape))
+
+    return dynamics.Scales(
+        ones(spec.observation_size),
+        ones(spec.action_size),
+        ones(lags, spec.observation_size + 1),
+    )
+
+
+def _build_fusion(description: dict[str, Any]) -> TransitionModel:
+    config = from_json(dynamics.FusionConfig, description["config"], where="fused")
+    members = description["members"]
+    models = [build(member).model for member in members]
+    return dynamics.fuse_dynamics(
+        models[0] if is_uniform(members) else models,
+        config.weight_rule(),
+        sampling=config.sampling,
+    )
+
+
+_TRAINING_ONLY = {
+    f.name for f in dataclasses.fields(dynamics.ContrastiveConfig)
+} - {"negatives", "energy_sizes", "head_sizes", "sampling"}
+"""Fields that members of one fusion may differ in."""
+
+
+def _architecture(description: dict[str, Any]) -> Any:
+    config = {
+        k: v for k, v in description["config"].items() if k not in _TRAINING_ONLY
+    }
+    return description["kind"], config, description["spec"]
+
+
+def _sizes(spec: dict[str, int]) -> str:
+    return f"observation size {spec['observation_size']} and action size {spec['action_size']}"

@@ -1,0 +1,314 @@
+"""Run directories that resume, and the frame of every command line.
+
+A run directory holds ``config.json``, ``provenance.json``, ``metrics.jsonl``,
+``tensorboard/``, ``checkpoints/`` and ``stages.json``. Opening it again with the same
+config continues it; with another one, or in a folder that is not a run, it is an error
+and nothing is touched.
+"""
+
+import inspect
+import os
+import pathlib
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from emfuse_jax import artifacts
+from experiments import _flags
+from experiments._progress import Progress, Stages
+
+_LOCK = ".lock"
+
+
+class Run:
+    """An open run directory; made by `open_run`, closed by ``with``.
+
+    Attributes:
+        path: the directory.
+        resumed: whether it was there before.
+        metrics: the writer behind `log`.
+    """
+
+    def __init__(self, path: pathlib.Path, *, resumed: bool, lock: Any) -> None:
+        self.path = path
+        self.resumed = resumed
+        self.metrics = artifacts.MetricWriter(
+            path / "metrics.jsonl", tensorboard=path / "tensorboard"
+        )
+        self._stages = Stages(path / "stages.json")
+        self._lock = lock
+        self.stage = self._stages.stage
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """The folder of this run's checkpoints."""
+        return self.path / "checkpoints"
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one row of metrics."""
+        self.metrics.write(step, metrics)
+
+    def save(self, step: int, tree: Any, *, score: Any = None) -> None:
+        """Writes a checkpoint.
+
+        `log` the step's metrics first: what is logged after the last checkpoint is cut
+        when the run resumes, and a row missing before it would stay missing.
+        """
+        artifacts.save(self.checkpoints, step, tree, score=score)
+        self._stages.flush()
+
+    def restore(self, like: Any) -> artifacts.Restored | None:
+        """Goes back to the newest undamaged checkpoint, or to the very start.
+
+        Damaged newer steps are deleted and later rows of metrics are cut, since the run
+        is about to write them again.
+        """
+        found = artifacts.restore_latest(self.checkpoints, like, discard_damaged=True)
+        self.metrics.truncate_after(-1 if found is None else found.step)
+        for step, reason in () if found is None else found.damaged.items():
+            print(f"checkpoint {step} was damaged ({reason})", file=sys.stderr)
+        return found
+
+    def fit(
+        self,
+        key: Any,
+        learner: Any,
+        state: Any,
+        sample_batch: Callable[[Any, Any], Any],
+        num_steps: int,
+        *,
+        data: Any = None,
+        chunk: int = 1000,
+        save_every: int = 1,
+        evaluate: Callable[[int, Any], Mapping[str, Any]] | None = None,
+        description: str = "",
+    ) -> Any:
+        """`loops.fit` that logs, saves, shows progress, and resumes where it was killed.
+
+        Args:
+            key: the run's key.
+            learner: anything with ``update(key, state, batch)``.
+            state: the state at step 0; donated.
+            sample_batch: ``(key, data) -> batch``.
+            num_steps: updates in all.
+            data: what ``sample_batch`` draws from.
+            chunk: updates per compiled call and per row of metrics.
+            save_every: chunks per checkpoint; the last one is always saved.
+            evaluate: ``(step, state) -> metrics``, called before each checkpoint; its
+                ``score``, higher is better, marks the best one.
+            description: for the progress bar.
+
+        Returns:
+            The state after ``num_steps`` updates.
+        """
+        from emfuse_jax import loops
+
+        found = self.restore(state)
+        start = 0 if found is None else found.step
+        state = state if found is None else found.tree
+        if start == num_steps:
+            return state
+        bar = Progress(num_steps, initial=start, description=description)
+
+        def on_chunk(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+            row = dict(metrics)
+            saves = step == num_steps or (step // chunk) % save_every == 0
+            if saves and evaluate is not None:
+                row |= evaluate(step, state)
+            self.log(step, row)
+            if saves:
+                self.save(step, state, score=row.get("score"))
+            bar.update(step, row)
+
+        with bar:
+            options = {"data": data, "chunk": chunk, "start": start}
+            return loops.fit(
+                key,
+                learner,
+                state,
+                sample_batch,
+                num_steps,
+                on_chunk=on_chunk,
+                **options,
+            )[0]
+
+    def write_json(self, name: str, value: Any) -> pathlib.Path:
+        """Writes a result into the directory, whole or not at all."""
+        path = self.path / name
+        artifacts.write_json(path, value)
+        return path
+
+    def close(self) -> None:
+        """Closes the files and lets another process open the directory."""
+        self.metrics.close()
+        self._stages.flush()
+        os.close(self._lock)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_run(
+    path: str | os.PathLike[str],
+    config: Any,
+    *,
+    kind: str,
+    seed: int | None = None,
+    ignore: Sequence[str] = ("run_dir",),
+) -> Run:
+    """Creates a run directory, or continues the one that is there.
+
+    Args:
+        path: the directory.
+        config: a config dataclass; kept in ``config.json``.
+        kind: the command's name, such as ``train_dynamics``.
+        seed: for the provenance.
+        ignore: dotted names that may differ when a run is continued.
+
+    Raises:
+        ValueError: if the directory is not empty and no run of ours, or was made by
+            another command or with another config (the keys that differ are named), or
+            another process has it open. Nothing is changed then.
+        OSError: if it cannot be written.
+    """
+    path = pathlib.Path(path).absolute()
+    config = artifacts.to_json(config)
+    resumed = _check(path, kind, config, ignore)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"run directory {path} cannot be written ({error.strerror}); "
+            "choose another with --run_dir",
+        ) from error
+    _take(lock, path)
+    if not resumed:
+        artifacts.write_json(path / "config.json", {"kind": kind, "config": config})
+    _write_provenance(path / "provenance.json", seed)
+    return Run(path, resumed=resumed, lock=lock)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on the disk between runs.
+
+    ``EMFUSE_JAX_CACHE`` is the folder (default ``~/.cache/emfuse_jax/jax``); ``0`` or an
+    empty value switches it off. jax's own ``JAX_COMPILATION_CACHE_DIR`` goes first.
+    """
+    import jax
+
+    folder = os.environ.get("EMFUSE_JAX_CACHE", "~/.cache/emfuse_jax/jax")
+    if folder in ("", "0") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def run_main(
+    main_fn: Callable[[Any], Any],
+    config_cls: type,
+    argv: Sequence[str] | None = None,
+    *,
+    presets: _flags.Presets | None = None,
+    default_preset: str | None = None,
+) -> int:
+    """The frame of a command line: parses the flags, calls ``main_fn(config)``.
+
+    Args:
+        main_fn: does the work; the docstring of its module is the help text.
+        config_cls: the dataclass that the flags are made from.
+        argv: the program's name and flags; None is ``sys.argv``.
+        presets: see `_flags.parse`.
+        default_preset: see `_flags.parse`.
+
+    Returns:
+        The exit status: 0, or 2 for bad input, which prints one paragraph and no
+        traceback unless ``--traceback`` is given, or 130 when interrupted.
+    """
+    from absl import flags
+
+    argv = list(sys.argv if argv is None else argv)
+    doc = inspect.getdoc(inspect.getmodule(main_fn)) or ""
+    options = {"presets": presets, "default_preset": default_preset, "doc": doc}
+    try:
+        parsed = _flags.parse(config_cls, argv, **options)
+        if parsed.help is not None:
+            print(parsed.help)
+            return 0
+        use_compilation_cache()
+        main_fn(parsed.config)
+        return 0
+    except (ValueError, OSError, flags.Error) as error:
+        if "--traceback" in argv:
+            raise
+        text = str(error).strip().split("\n\n")[0]
+        print(textwrap.fill(f"error: {text}", 88), file=sys.stderr)
+        print("(--traceback shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _check(path: pathlib.Path, kind: str, config: Any, ignore: Sequence[str]) -> bool:
+    """Whether ``path`` holds this very run; raises if it holds anything else."""
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise NotADirectoryError(f"run directory {path} is a file; choose another")
+    try:
+        known = artifacts.read_json(path / "config.json")
+        found_kind, found = known["kind"], known["config"]
+    except FileNotFoundError:
+        # A kill before config.json was complete leaves these two.
+        entries = [p.name for p in path.iterdir()]
+        names = [n for n in entries if n != _LOCK and not n.startswith(".config.json.")]
+        if names:
+            raise ValueError(
+                f"{path} is not empty and no run directory (it has no config.json, but "
+                f"{min(names)!r}); choose another with --run_dir"
+            ) from None
+        return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}/config.json was not written by this package ({error!r}); choose "
+            "another --run_dir"
+        ) from error
+    if found_kind != kind:
+        raise ValueError(
+            f"{path} is a run of {found_kind!r}, not of {kind!r}; choose another --run_dir"
+        )
+    changed = artifacts.differences(found, config)
+    changed = [c for c in changed if c.split(":")[0] not in ignore]
+    if changed:
+        raise ValueError(
+            f"{path} was made with another config ({'; '.join(changed[:5])}); give the "
+            "same values to resume it, or choose another --run_dir"
+        )
+    return True
+
+
+def _take(lock: int, path: pathlib.Path) -> None:
+    """Holds the lock until the process ends, however it ends."""
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ValueError(
+            f"{path} is in use by another process; wait for it, or choose another --run_dir"
+        ) from error
+
+
+def _write_provenance(path: pathlib.Path, seed: int | None) -> None:
+    """The facts of the latest start, and one entry for each."""
+    facts = artifacts.provenance(seed=seed)
+    starts = artifacts.read_json(path)["starts"] if path.exists() else []
+    brief = {k: facts[k] for k in ("time", "command", "commit", "dirty", "versions")}
+    artifacts.write_json(path, {**facts, "starts": [*starts, brief]})
