@@ -47,7 +47,8 @@ from emfuse_jax.evaluation.scores import (
     normalized_spread,
     reference_score,
 )
-from experiments import _flags
+from experiments._progress import Progress
+from experiments._run import run_main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,15 +205,18 @@ def _policy(config: CollectConfig, env: MujocoBatch) -> ActFn:
 def _roll(
     config: CollectConfig, env: MujocoBatch, act: ActFn, progress: bool
 ) -> dict[str, np.ndarray]:
-    from tqdm import tqdm
+    description = f"{config.env} {pathlib.Path(config.policy).stem}"
+    key, done = jax.random.key(config.seed), 0
+    if not progress:
+        return collect(key, env, act, config.steps)
+    with Progress(config.steps, description=description) as bar:
 
-    with tqdm(
-        total=config.steps, unit="step", disable=None if progress else True
-    ) as bar:
-        bar.set_description(f"{config.env} {pathlib.Path(config.policy).stem}")
-        return collect(
-            jax.random.key(config.seed), env, act, config.steps, on_step=bar.update
-        )
+        def on_step(rows: int) -> None:
+            nonlocal done
+            done += rows
+            bar.update(done)
+
+        return collect(key, env, act, config.steps, on_step=on_step)
 
 
 def _keep_speeds(
@@ -326,14 +330,15 @@ def describe(config: CollectConfig, summary: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str]) -> None:
+def report(config: CollectConfig) -> None:
+    """Records, and says what."""
+    print(describe(config, run(config)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parsed = _flags.parse(CollectConfig, argv, doc=__doc__ or "")
-    if parsed.help is not None:
-        print(parsed.help)
-        return
-    print(describe(parsed.config, run(parsed.config)))
+    return run_main(report, CollectConfig, argv)
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    sys.exit(main())

@@ -59,8 +59,10 @@ def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """
     h5py = _import_h5py()
     if not pathlib.Path(path).is_file():
+        beside = sorted(p.name for p in pathlib.Path(path).parent.glob("*.hdf5"))
         raise FileNotFoundError(
-            f"no file {str(path)!r}; check the path, or make data with "
+            f"no file {str(path)!r} (data sets in that folder: "
+            f"{', '.join(beside[:20]) or 'none'}); check the path, or make data with "
             "python -m experiments.collect_data"
         )
     try:
