@@ -1,0 +1,29 @@
+"""Samplers of energies: Langevin kernels, chains in row blocks, blackjax's kernels."""
+
+from emfuse_jax.samplers.blackjax_adapter import (
+    effective_sample_size,
+    from_blackjax,
+    potential_scale_reduction,
+)
+from emfuse_jax.samplers.chains import run_chains
+from emfuse_jax.samplers.langevin import (
+    LangevinInfo,
+    LangevinState,
+    annealed_langevin,
+    etm_langevin,
+    etm_schedule,
+    ula,
+)
+
+__all__ = [
+    "LangevinInfo",
+    "LangevinState",
+    "annealed_langevin",
+    "effective_sample_size",
+    "etm_langevin",
+    "etm_schedule",
+    "from_blackjax",
+    "potential_scale_reduction",
+    "run_chains",
+    "ula",
+]
