@@ -187,9 +187,9 @@ def test_vmap_loop_and_no_jit_agree():
     mapped = jax.jit(jax.vmap(run))(keys, starts)
     for row, (key, start) in enumerate(zip(keys, starts, strict=True)):
         np.testing.assert_allclose(mapped[row], jax.jit(run)(key, start), rtol=1e-5)
-    state = sampler.init(starts[0])
+    state, key = sampler.init(starts[0]), jax.random.split(jax.random.key(0), 3)[0]
     for step in range(3):
-        state, _ = sampler.step(jax.random.fold_in(keys[0], step), state)
+        state, _ = sampler.step(jax.random.fold_in(key, step), state)
     np.testing.assert_allclose(mapped[0], state.position, rtol=1e-5)
 
 
