@@ -100,7 +100,13 @@ class ActFn(Protocol):
     """``act(params, key, observation, *, deterministic=False) -> action``."""
 
     def __call__(
-        self, params: Params, key: jax.Array, observation: jax.Array, /, *, deterministic: bool = False
+        self,
+        params: Params,
+        key: jax.Array,
+        observation: jax.Array,
+        /,
+        *,
+        deterministic: bool = False,
     ) -> jax.Array: ...
 
 
@@ -122,12 +128,14 @@ class TransitionModel(NamedTuple):
 
     ``predict(params, key, history) -> Prediction``;
     ``energy(params, history, next_observation, reward) -> energy [*batch]``;
-    ``uncertainty(params, history) -> uncertainty [*batch]``.
+    ``uncertainty(params, history) -> uncertainty [*batch]``. ``expert`` is the energy that
+    other models can be fused with, None where a model has none.
     """
 
     predict: Callable[[Params, jax.Array, History], Prediction]
     energy: Callable[..., jax.Array]
     uncertainty: Callable[[Params, History], jax.Array]
+    expert: Any = None
 
 
 class Dynamics(NamedTuple):

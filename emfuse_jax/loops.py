@@ -16,7 +16,12 @@ StepFn = Callable[[jax.Array, State], tuple[State, Any]]
 
 
 def scan_steps(
-    key: jax.Array, step_fn: StepFn, state: State, num_steps: int, *, start: int | jax.Array = 0
+    key: jax.Array,
+    step_fn: StepFn,
+    state: State,
+    num_steps: int,
+    *,
+    start: int | jax.Array = 0,
 ) -> tuple[State, Any]:
     """Runs ``step_fn(fold_in(key, step), state)`` for ``step`` in ``start … start+num_steps-1``.
 
@@ -63,10 +68,19 @@ def run_sampler(
         ValueError: if ``thin`` does not divide ``num_steps``.
     """
     if thin < 1 or num_steps % thin:
-        raise ValueError(f"thin={thin} does not divide num_steps={num_steps}; choose a divisor")
+        raise ValueError(
+            f"thin={thin} does not divide num_steps={num_steps}; choose a divisor"
+        )
 
     def group(state: State, first: jax.Array) -> tuple[State, Any]:
-        state, _ = scan_steps(key, lambda k, s: (sampler.step(k, s)[0], None), state, thin - 1, start=first)
+        if thin > 1:  # an empty scan would still be traced and compiled
+            state, _ = scan_steps(
+                key,
+                lambda k, s: (sampler.step(k, s)[0], None),
+                state,
+                thin - 1,
+                start=first,
+            )
         state, info = sampler.step(jax.random.fold_in(key, first + thin - 1), state)
         return state, None if keep is None else keep(state, info)
 
@@ -93,7 +107,9 @@ def fit(
     when the callback returns True. This host path is the one place where the library jits.
 
     Args:
-        key: the run's key; step ``i`` uses ``fold_in(key, i)`` whatever the chunk.
+        key: the run's key; step ``i`` uses ``fold_in(key, i)`` whatever the chunk. Or
+            one key per seed, ``[seed]``: then the state's leaves lead with that axis and
+            the seeds train as one program, each as it would alone.
         learner: anything with ``update(key, state, batch) -> (state, metrics)``.
         state: the learner's state at step ``start``.
         sample_batch: ``(key, data) -> batch``.
@@ -121,18 +137,40 @@ def fit(
         key_batch, key_update = jax.random.split(step_key)
         return learner.update(key_update, carry, sample_batch(key_batch, arrays))
 
-    def run_chunk(run_key: jax.Array, carry: State, first: jax.Array, arrays: Any) -> tuple[State, Metrics]:
-        carry, metrics = scan_steps(run_key, lambda k, s: step(k, s, arrays), carry, chunk, start=first)
+    def run_chunk(
+        run_key: jax.Array, carry: State, first: jax.Array, arrays: Any
+    ) -> tuple[State, Metrics]:
+        carry, metrics = scan_steps(
+            run_key, lambda k, s: step(k, s, arrays), carry, chunk, start=first
+        )
         return carry, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
+    if key.ndim:
+        run_chunk = jax.vmap(run_chunk, in_axes=(0, 0, None, None))
     if on_chunk is None:
         firsts = jnp.arange(start, num_steps, chunk)
-        return jax.lax.scan(lambda carry, first: run_chunk(key, carry, first, data), state, firsts)
-    return _fit_on_host(key, jax.jit(run_chunk, donate_argnums=1), state, range(start, num_steps, chunk), chunk, data, on_chunk)
+        return jax.lax.scan(
+            lambda carry, first: run_chunk(key, carry, first, data), state, firsts
+        )
+    return _fit_on_host(
+        key,
+        jax.jit(run_chunk, donate_argnums=1),
+        state,
+        range(start, num_steps, chunk),
+        chunk,
+        data,
+        on_chunk,
+    )
 
 
 def _fit_on_host(
-    key: jax.Array, run_chunk: Callable[..., Any], state: State, firsts: range, chunk: int, data: Any, on_chunk: Any
+    key: jax.Array,
+    run_chunk: Callable[..., Any],
+    state: State,
+    firsts: range,
+    chunk: int,
+    data: Any,
+    on_chunk: Any,
 ) -> tuple[State, Metrics]:
     history = []
     for first in firsts:
@@ -141,4 +179,6 @@ def _fit_on_host(
         history.append(metrics)
         if on_chunk(first + chunk, state, metrics):
             break
-    return state, jax.tree.map(lambda *rows: jnp.stack(rows), *history) if history else {}
+    return state, jax.tree.map(
+        lambda *rows: jnp.stack(rows), *history
+    ) if history else {}

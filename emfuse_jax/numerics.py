@@ -26,7 +26,9 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
-def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+def masked_mean(
+    x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None
+) -> jax.Array:
     """Mean of ``x`` where ``mask`` is true; 0 where nothing is."""
     mask = jnp.broadcast_to(mask, x.shape).astype(x.dtype)
     total = jnp.sum(multiply_no_nan(mask, x), axis=axis)

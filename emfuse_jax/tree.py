@@ -44,14 +44,19 @@ def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """``where`` over pytrees; ``condition [*batch]`` is broadcast over trailing axes."""
 
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+        return jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        )
 
     return jax.tree.map(choose, on_true, on_false)
 
 
 def same_structure(first: Any, second: Any) -> bool:
     """Whether two trees agree in structure, shapes and dtypes."""
+
     def describe(tree: Any) -> Any:
         return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
 
-    return jax.tree.structure(first) == jax.tree.structure(second) and describe(first) == describe(second)
+    return jax.tree.structure(first) == jax.tree.structure(second) and describe(
+        first
+    ) == describe(second)

@@ -21,16 +21,33 @@ from emfuse_jax.artifacts.config import (
 )
 from emfuse_jax.artifacts.metrics import MetricWriter, export_csv, read_metrics
 from emfuse_jax.artifacts.provenance import provenance
+from emfuse_jax.artifacts.runs import (
+    KINDS,
+    Trained,
+    build,
+    describe,
+    describe_fusion,
+    join_params,
+    load_run,
+    write_description,
+)
 
 __all__ = [
+    "KINDS",
     "MetricWriter",
     "Restored",
+    "Trained",
     "best_step",
+    "build",
     "delete_after",
+    "describe",
+    "describe_fusion",
     "differences",
     "export_csv",
     "from_json",
+    "join_params",
     "load_config",
+    "load_run",
     "provenance",
     "read_json",
     "read_meta",
@@ -41,5 +58,6 @@ __all__ = [
     "steps",
     "to_json",
     "tree_digest",
+    "write_description",
     "write_json",
 ]

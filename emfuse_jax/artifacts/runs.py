@@ -1,7 +1,8 @@
 """Trained models from run directories alone.
 
 ``model.json`` says what was trained: its kind, its config and its spaces (of a fusion, its
-members'). The arrays are in ``checkpoints/``.
+members'). Dynamics keep their training state in ``checkpoints/``; what holds nothing but
+parameters (fusions, policies, which would drag their model buffers along) says so.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emfuse_jax import dynamics, policies
+from emfuse_jax import dynamics
 from emfuse_jax.artifacts.checkpoint import best_step, restore, steps
 from emfuse_jax.artifacts.config import (
     from_json,
@@ -24,6 +25,7 @@ from emfuse_jax.artifacts.config import (
 )
 from emfuse_jax.base import Dynamics, Params, Policy, SpaceSpec, TransitionModel
 from emfuse_jax.data.normalizer import Normalizer
+from emfuse_jax.policies.sac import SacConfig, sac
 from emfuse_jax.tree import stack
 
 MODEL_FILE = "model.json"
@@ -38,7 +40,7 @@ KINDS = {
     "adetm": _Kind(dynamics.AdetmConfig, dynamics.adetm),
     "etm": _Kind(dynamics.EtmConfig, dynamics.etm),
     "ensemble": _Kind(dynamics.EnsembleConfig, dynamics.gaussian_ensemble),
-    "sac": _Kind(policies.SacConfig, policies.sac),
+    "sac": _Kind(SacConfig, sac),
 }
 """What `load_run` can rebuild, besides fusions of dynamics."""
 
@@ -58,15 +60,36 @@ class Trained(NamedTuple):
     learner: Dynamics | Policy | None = None
 
 
-def describe(kind: str, config: Any, spec: SpaceSpec) -> dict[str, Any]:
+def describe(
+    kind: str,
+    config: Any,
+    spec: SpaceSpec,
+    *,
+    params_in: str | None = None,
+    num_seeds: int = 1,
+) -> dict[str, Any]:
     """The content of ``model.json`` for one learner.
+
+    Args:
+        kind: one of `KINDS`.
+        config: the learner's.
+        spec: the spaces it works on.
+        params_in: a folder of the run that holds parameters alone; None where
+            ``checkpoints`` holds the learner's state.
+        num_seeds: more than one puts a seed axis in front of every leaf.
 
     Raises:
         ValueError: for an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(unknown_name("model", kind, KINDS))
-    return {"kind": kind, "config": to_json(config), "spec": spec._asdict()}
+    return {
+        "kind": kind,
+        "config": to_json(config),
+        "spec": spec._asdict(),
+        "params_in": params_in,
+        "num_seeds": num_seeds,
+    }
 
 
 def describe_fusion(
@@ -88,11 +111,15 @@ def describe_fusion(
         "kind": "fused",
         "config": to_json(config),
         "spec": specs[0],
+        "params_in": "checkpoints",
+        "num_seeds": 1,
         "members": list(members),
     }
 
 
-def write_description(path: str | os.PathLike[str], description: dict[str, Any]) -> None:
+def write_description(
+    path: str | os.PathLike[str], description: dict[str, Any]
+) -> None:
     """Writes ``model.json`` into a run directory."""
     write_json(pathlib.Path(path) / MODEL_FILE, description)
 
@@ -137,7 +164,7 @@ def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Traine
             "(what --run_dir named when it was trained)"
         )
     description = read_json(path / MODEL_FILE)
-    folder = path / "checkpoints"
+    folder = path / (description["params_in"] or "checkpoints")
     if step is None:
         step = best_step(folder)
     if step is None:
@@ -145,16 +172,31 @@ def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Traine
     if step is None:
         raise FileNotFoundError(f"{path} has no checkpoint yet; rerun its command")
     built = build(description)
-    spec = SpaceSpec(**description["spec"])
+    params = _restore_params(description, built, folder, step)
+    trained = Trained(description, SpaceSpec(**description["spec"]), params, step)
     if description["kind"] == "fused":
-        params = restore(folder, _fusion_template(description), step=step)
-        return Trained(description, spec, params, step, model=built)
-    state = restore(folder, _template(description, built), step=step)
+        return trained._replace(model=built)
     if isinstance(built, Policy):
-        return Trained(description, spec, state.params, step, policy=built, learner=built)
-    return Trained(
-        description, spec, state.params, step, model=built.model, learner=built
-    )
+        return trained._replace(policy=built, learner=built)
+    return trained._replace(model=built.model, learner=built)
+
+
+def _restore_params(
+    description: dict[str, Any], built: Any, folder: pathlib.Path, step: int
+) -> Params:
+    if description["kind"] == "fused":
+        return restore(folder, _fusion_template(description), step=step)
+    template = _template(description, built)
+    if description["num_seeds"] > 1:
+        template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (description["num_seeds"], *leaf.shape), leaf.dtype
+            ),
+            template,
+        )
+    if description["params_in"]:
+        return restore(folder, template.params, step=step)
+    return restore(folder, template, step=step).params
 
 
 def _template(description: dict[str, Any], learner: Any) -> Any:
@@ -200,16 +242,17 @@ def _build_fusion(description: dict[str, Any]) -> TransitionModel:
     )
 
 
-_TRAINING_ONLY = {
-    f.name for f in dataclasses.fields(dynamics.ContrastiveConfig)
-} - {"negatives", "energy_sizes", "head_sizes", "sampling"}
+_TRAINING_ONLY = {f.name for f in dataclasses.fields(dynamics.ContrastiveConfig)} - {
+    "negatives",
+    "energy_sizes",
+    "head_sizes",
+    "sampling",
+}
 """Fields that members of one fusion may differ in."""
 
 
 def _architecture(description: dict[str, Any]) -> Any:
-    config = {
-        k: v for k, v in description["config"].items() if k not in _TRAINING_ONLY
-    }
+    config = {k: v for k, v in description["config"].items() if k not in _TRAINING_ONLY}
     return description["kind"], config, description["spec"]
 
 

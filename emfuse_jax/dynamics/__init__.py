@@ -1,0 +1,64 @@
+"""Transition models: energies over next states, their fusion, rollouts, uncertainty."""
+
+from emfuse_jax.dynamics.adetm import AdetmConfig, adetm
+from emfuse_jax.dynamics.base import (
+    Batch,
+    Encoded,
+    Expert,
+    Scales,
+    Slices,
+    fit_scales,
+    make_slices,
+    pack_target,
+    sample_windows,
+)
+from emfuse_jax.dynamics.contrastive import ContrastiveConfig, contrastive_dynamics
+from emfuse_jax.dynamics.ensemble import EnsembleConfig, gaussian_ensemble
+from emfuse_jax.dynamics.etm import EtmConfig, etm
+from emfuse_jax.dynamics.fused import (
+    ETM_SAMPLING,
+    FusionConfig,
+    SamplingConfig,
+    fuse_dynamics,
+    transition_model,
+)
+from emfuse_jax.dynamics.rollout import Rollout, act_on, push, rollout
+from emfuse_jax.dynamics.uncertainty import (
+    fixed_weights,
+    historical_slice_uncertainty,
+    uncertainty_weights,
+    uniform_weights,
+)
+
+__all__ = [
+    "ETM_SAMPLING",
+    "AdetmConfig",
+    "Batch",
+    "ContrastiveConfig",
+    "Encoded",
+    "EnsembleConfig",
+    "EtmConfig",
+    "Expert",
+    "FusionConfig",
+    "Rollout",
+    "SamplingConfig",
+    "Scales",
+    "Slices",
+    "act_on",
+    "adetm",
+    "contrastive_dynamics",
+    "etm",
+    "fit_scales",
+    "fixed_weights",
+    "fuse_dynamics",
+    "gaussian_ensemble",
+    "historical_slice_uncertainty",
+    "make_slices",
+    "pack_target",
+    "push",
+    "rollout",
+    "sample_windows",
+    "transition_model",
+    "uncertainty_weights",
+    "uniform_weights",
+]

@@ -1,0 +1,172 @@
+"""Probabilistic ensembles: the Gaussian baseline, whose uncertainty costs K models.
+
+Reference: Yu et al., "MOPO: model-based offline policy optimization", NeurIPS 2020. Trained
+by β-NLL (Seitzer et al., ICLR 2022): the plain likelihood gives up on the rows with contact,
+which carry the error.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from emfuse_jax.base import (
+    Dynamics,
+    History,
+    Metrics,
+    Params,
+    Prediction,
+    SpaceSpec,
+    TransitionModel,
+)
+from emfuse_jax.data.normalizer import apply as normalize
+from emfuse_jax.dynamics.base import Batch, Scales, pack_target
+from emfuse_jax.dynamics.contrastive import LOG_STD_BOUNDS, beta_nll
+from emfuse_jax.dynamics.uncertainty import historical_slice_uncertainty
+from emfuse_jax.nets.mlp import mlp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """An ensemble of one-step Gaussian MLPs; ``num_members=1`` is a plain MLP.
+
+    Attributes:
+        num_members: networks, trained from different weights on batches of their
+            own.
+        hidden_sizes: hidden layers of a member.
+        learning_rate: Adam's, decayed by a cosine to 0 over ``num_steps``.
+        num_steps: updates in all: the horizon of the decay.
+        batch_size: rows per member and update.
+        beta: β of β-NLL.
+    """
+
+    num_members: int = 5
+    hidden_sizes: tuple[int, ...] = (200, 200)
+    learning_rate: float = 1e-3
+    num_steps: int = 20_000
+    batch_size: int = 256
+    beta: float = 0.5
+
+
+class EnsembleParams(NamedTuple):
+    scales: Scales
+    members: Params
+    """Leaves ``[model, …]``."""
+
+
+class EnsembleState(NamedTuple):
+    params: EnsembleParams
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
+    """The ensemble: ``init(key, scales)``, ``update(key, state, Batch)`` and ``model``.
+
+    ``update`` takes ``num_members * batch_size`` windows and gives every member its own
+    part. ``predict`` moves by the members' mean (deterministic); the uncertainty is their
+    spread, in units of the one-step scale, and the energy is the mean negative
+    log-density up to a constant.
+    """
+    dim = spec.observation_size + 1
+    net = mlp(2 * dim, config.hidden_sizes, activation=jax.nn.silu)
+    optimizer = optax.adam(
+        optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
+    )
+
+    def init(key: jax.Array, scales: Scales) -> EnsembleState:
+        example = jnp.zeros((1, spec.observation_size + spec.action_size))
+        keys = jax.random.split(key, config.num_members)
+        members = jax.vmap(net.init, in_axes=(0, None))(keys, example)
+        return EnsembleState(
+            EnsembleParams(scales, members),
+            optimizer.init(members),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def forward(
+        scales: Scales, member: Params, observation: jax.Array, action: jax.Array
+    ):
+        inputs = [
+            normalize(scales.observation, observation),
+            normalize(scales.action, action),
+        ]
+        mean, log_std = jnp.split(
+            net.apply(member, jnp.concatenate(inputs, axis=-1)), 2, axis=-1
+        )
+        low, high = LOG_STD_BOUNDS
+        log_std = high - jax.nn.softplus(high - log_std)
+        return mean, low + jax.nn.softplus(log_std - low)
+
+    def update(
+        key: jax.Array, state: EnsembleState, batch: Batch
+    ) -> tuple[EnsembleState, Metrics]:
+        del key
+        scales, members = state.params
+        observation, action = batch.history.observation[0], batch.history.action[0]
+        target = normalize(
+            jax.tree.map(lambda leaf: leaf[0], scales.target),
+            pack_target(observation, batch.next_observation, batch.reward),
+        )
+
+        def objective(members: Params) -> jax.Array:
+            def split(x: jax.Array) -> jax.Array:
+                return x.reshape(config.num_members, -1, x.shape[-1])
+
+            mean, log_std = jax.vmap(forward, in_axes=(None, 0, 0, 0))(
+                scales, members, split(observation), split(action)
+            )
+            residual = (split(target) - mean) * jnp.exp(-log_std)
+            loss = jnp.sum(beta_nll(residual, log_std, config.beta), axis=-1)
+            return jnp.sum(jnp.mean(loss, axis=-1))
+
+        loss, grads = jax.value_and_grad(objective)(members)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, members)
+        params = EnsembleParams(scales, optax.apply_updates(members, updates))
+        return EnsembleState(params, optimizer_state, state.step + 1), {
+            "loss": loss / config.num_members
+        }
+
+    def gaussians(
+        params: EnsembleParams, history: History
+    ) -> tuple[jax.Array, jax.Array]:
+        mean, log_std = jax.vmap(forward, in_axes=(None, 0, None, None))(
+            params.scales, params.members, history.observation[0], history.action[0]
+        )
+        target = jax.tree.map(lambda leaf: leaf[0], params.scales.target)
+        shape = (1,) * (mean.ndim - 1) + target.scale.shape
+        mean = target.mean.reshape(shape) + target.scale.reshape(shape) * mean
+        return mean, target.scale.reshape(shape) * jnp.exp(log_std)
+
+    def uncertainty(params: EnsembleParams, history: History) -> jax.Array:
+        mean, _ = gaussians(params, history)
+        return historical_slice_uncertainty(
+            mean[..., :-1], unit=params.scales.target.scale[0, :-1]
+        )
+
+    def energy(
+        params: EnsembleParams,
+        history: History,
+        next_observation: jax.Array,
+        reward: jax.Array,
+    ) -> jax.Array:
+        mean, std = gaussians(params, history)
+        target = pack_target(history.observation[0], next_observation, reward)[None]
+        per_dim = 0.5 * jnp.square((target - mean) / std) + jnp.log(std)
+        return jnp.mean(jnp.sum(per_dim, axis=-1), axis=0)
+
+    def predict(params: EnsembleParams, key: jax.Array, history: History) -> Prediction:
+        del key
+        mean, _ = gaussians(params, history)
+        target = jnp.mean(mean, axis=0)
+        following, reward = history.observation[0] + target[..., :-1], target[..., -1]
+        return Prediction(
+            following,
+            reward,
+            uncertainty(params, history),
+            energy(params, history, following, reward),
+        )
+
+    return Dynamics(init, update, TransitionModel(predict, energy, uncertainty))

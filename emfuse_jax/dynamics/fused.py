@@ -1,0 +1,441 @@
+"""Several experts as one transition model: ``E(y) = Σ_i λ_i(x) E_i(y)``.
+
+A single expert is the fusion of one, so there is one code path from energies to
+predictions. Experts measure their targets with scalers of their own; energies here take
+raw targets, so the chain rule through each scaler is exact and only the density's constant
+changes. Chains run in common coordinates ``z = (y - start) / scale``:
+
+* ``trust`` experts (with a proposal): ``start = Σ λ_i μ_i``, ``scale = Σ λ_i σ_i``, and the
+  chain stays within ``± margin · scale``. Outside its data an energy has no reason to hold
+  a free chain back.
+* ``box`` experts (without): ``start = 0`` (nothing changes), ``scale = max_i w_i``, the
+  union of the data boxes.
+
+Reference: EMFuse (ICLR 2026): the log-opinion pool of transition energies.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from emfuse_jax.base import (
+    History,
+    Params,
+    Prediction,
+    Sampler,
+    TransitionModel,
+    WeightFn,
+)
+from emfuse_jax.dynamics.base import (
+    Encoded,
+    Expert,
+    Slices,
+    make_slices,
+    pack_target,
+    pick_slice,
+)
+from emfuse_jax.dynamics.uncertainty import (
+    fixed_weights,
+    historical_slice_uncertainty,
+    uncertainty_weights,
+    uniform_weights,
+)
+from emfuse_jax.energy import check_weights, weighted_energy
+from emfuse_jax.samplers import etm_langevin, run_chains
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a target is found on an energy, in units of the experts' scale.
+
+    Attributes:
+        num_steps: langevin steps from the start; 0 predicts the start itself.
+        uncertainty_steps: steps (without noise) before the slices are compared; 0
+            compares their starts.
+        margin: chains keep within ``start ± margin · scale``.
+        first: first step size.
+        last: last step size; they fall quadratically.
+        noise: noise, multiplied by the step size. 0 descends to a mode.
+        drift_clip: largest gradient component: one below ``margin / Σ step sizes``
+            could not reach the margin at all.
+        step_clip: largest step component.
+        slice_choice: which slice moves a rollout: the most accurate, or one drawn
+            per row as in ADMPO.
+        block_rows: chains that run together: as many as stay in the cache.
+    """
+
+    num_steps: int = 3
+    uncertainty_steps: int = 0
+    margin: float = 0.5
+    first: float = 0.5
+    last: float = 1e-3
+    noise: float = 0.0
+    drift_clip: float = 10.0
+    step_clip: float = 0.5
+    slice_choice: Literal["newest", "random"] = "newest"
+    block_rows: int = 512
+
+
+ETM_SAMPLING = SamplingConfig(
+    num_steps=50, uncertainty_steps=50, margin=1.1, first=0.1, last=1e-5
+)
+"""The deterministic chain of ETM through the box of the data, from "nothing changes"; its
+gradient clip is that of training, so that it can reach every target."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """How experts are fused.
+
+    Attributes:
+        rule: uniform weights, weights from the experts' own slice uncertainties, or
+            the fixed ones given.
+        power: uncertainty: ``λ_i ∝ u_i^-power``.
+        weights: fixed: one per expert, summing to one.
+        sampling: how targets are found; none is what fits the experts.
+    """
+
+    rule: Literal["uniform", "uncertainty", "fixed"] = "uncertainty"
+    power: float = 4.0
+    weights: tuple[float, ...] = ()
+    sampling: SamplingConfig | None = None
+
+    def weight_rule(self) -> Float[Array, "model"] | WeightFn | None:
+        """What `fuse_dynamics` takes as ``weights``."""
+        if self.rule == "uncertainty":
+            return uncertainty_weights(self.power)
+        return jnp.asarray(self.weights) if self.rule == "fixed" else None
+
+
+class _Members(NamedTuple):
+    """Experts behind one interface, whether stacked (one batched GEMM) or a tuple."""
+
+    encode: Callable[[Params, Slices], Encoded]
+    prepare: Callable[[Params, Encoded], Any]
+    energies: Callable[[Params, Any, jax.Array], Float[Array, "model *batch"]]
+    unit: Callable[[Params], Float[Array, "obs"]]
+    first: Expert
+
+
+class FusedSlices(NamedTuple):
+    """The fused model before any chain has run, leaves ``[slice, *batch, …]``.
+
+    ``members`` and ``weights [model, *batch]`` belong to the experts.
+    """
+
+    anchor: Float[Array, "slice *batch obs"]
+    start: Float[Array, "slice *batch dim"]
+    scale: Float[Array, "slice *batch dim"]
+    members: Encoded
+    weights: Float[Array, "model *batch"]
+    valid: Bool[Array, "slice *batch"]
+
+
+def fuse_dynamics(
+    models: TransitionModel | Sequence[TransitionModel],
+    weights: Float[Array, "model"] | WeightFn | None = None,
+    *,
+    sampling: SamplingConfig | None = None,
+) -> TransitionModel:
+    """The log-opinion pool of transition models, as one transition model.
+
+    Args:
+        models: one model, whose params are then a stack ``[model, …]`` of experts of that
+            architecture, evaluated as one batched GEMM; or several models, whose params
+            are the tuple of the members' params.
+        weights: ``[model]`` non-negative and summing to one, or a function of the experts'
+            uncertainties; None is uniform.
+        sampling: how targets are found; None is `SamplingConfig()` for experts with a
+            proposal and `ETM_SAMPLING` for those without.
+
+    Raises:
+        ValueError: if constant weights are negative, do not sum to one or are not one per
+            model, or if the models' lags, anchors or regions differ.
+    """
+    stacked = isinstance(models, TransitionModel)
+    experts = [
+        m.expert for m in ([models] if isinstance(models, TransitionModel) else models)
+    ]
+    for index, expert in enumerate(experts):
+        ours, first = ((e.num_lags, e.anchor, e.region) for e in (expert, experts[0]))
+        if ours != first:
+            raise ValueError(
+                f"model {index} has (num_lags, anchor, region) = {ours}, model 0 has {first}; "
+                "only models of one kind can be fused: train them with the same settings"
+            )
+    if weights is None:
+        weight_fn: WeightFn = uniform_weights
+    elif callable(weights):
+        weight_fn = weights
+    else:
+        count = len(weights) if stacked else len(experts)
+        weight_fn = fixed_weights(check_weights(weights, count))
+    members = _stacked(experts[0]) if stacked else _listed(experts)
+    fitting = SamplingConfig() if experts[0].region == "trust" else ETM_SAMPLING
+    return _fused_model(members, weight_fn, sampling or fitting)
+
+
+def transition_model(expert: Expert, sampling: SamplingConfig) -> TransitionModel:
+    """The transition model of one expert: the fusion of it alone."""
+    members = _listed([expert])
+    model = _fused_model(members, uniform_weights, sampling)
+    return TransitionModel(
+        predict=lambda params, key, history: model.predict((params,), key, history),
+        energy=lambda params, *args: model.energy((params,), *args),
+        uncertainty=lambda params, history: model.uncertainty((params,), history),
+        expert=expert,
+    )
+
+
+def _stacked(expert: Expert) -> _Members:
+    return _Members(
+        encode=jax.vmap(expert.encode, in_axes=(0, None)),
+        prepare=jax.vmap(expert.prepare),
+        energies=jax.vmap(expert.energy, in_axes=(0, 0, None)),
+        unit=lambda params: jnp.mean(jax.vmap(expert.unit)(params), axis=0),
+        first=expert,
+    )
+
+
+def _listed(experts: Sequence[Expert]) -> _Members:
+    width = max(expert.feature_size for expert in experts)
+
+    def encode(params: Params, slices: Slices) -> Encoded:
+        parts = [e.encode(p, slices) for e, p in zip(experts, params, strict=True)]
+        # Encoders of different widths meet in one array; `prepare` cuts the padding off.
+        padded = [
+            part._replace(feature=_pad_last(part.feature, width)) for part in parts
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)
+
+    def prepare(params: Params, encoded: Encoded) -> tuple[Any, ...]:
+        rows = [Encoded(*row) for row in zip(*encoded, strict=True)]
+        return tuple(
+            e.prepare(p, row._replace(feature=row.feature[..., : e.feature_size]))
+            for e, p, row in zip(experts, params, rows, strict=True)
+        )
+
+    def energies(params: Params, conditions: Any, target: jax.Array) -> jax.Array:
+        rows = zip(experts, params, conditions, strict=True)
+        return jnp.stack([e.energy(p, condition, target) for e, p, condition in rows])
+
+    def unit(params: Params) -> jax.Array:
+        units = [e.unit(p) for e, p in zip(experts, params, strict=True)]
+        return jnp.mean(jnp.stack(units), axis=0)
+
+    return _Members(encode, prepare, energies, unit, experts[0])
+
+
+def _pad_last(x: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+
+
+def _fused_model(
+    members: _Members, weight_fn: WeightFn, sampling: SamplingConfig
+) -> TransitionModel:
+    expert = members.first
+
+    def fuse(params: Params, history: History) -> FusedSlices:
+        slices = make_slices(history, expert.anchor)
+        return fuse_slices(params, slices, members, weight_fn, sampling)
+
+    def spread(params: Params, fused: FusedSlices) -> Float[Array, "*batch"]:
+        target = fused.start
+        if sampling.uncertainty_steps:
+            quiet = dataclasses.replace(sampling, noise=0.0)
+            key = jax.random.key(0)  # without noise the chain draws nothing from it
+            target = descend(
+                key, params, fused, members, quiet, sampling.uncertainty_steps
+            )
+        following = fused.anchor + target[..., :-1]
+        return historical_slice_uncertainty(
+            following, where=fused.valid, unit=members.unit(params)
+        )
+
+    def predict(params: Params, key: jax.Array, history: History) -> Prediction:
+        fused = fuse(params, history)
+        key_slice, key_chain = jax.random.split(key)
+        index = _choose_slice(key_slice, fused.valid, sampling.slice_choice)
+        one = at_slice(fused, index)
+        target = descend(key_chain, params, one, members, sampling, sampling.num_steps)
+        return Prediction(
+            next_observation=one.anchor + target[..., :-1],
+            reward=target[..., -1],
+            uncertainty=spread(params, fused),
+            energy=pooled_energy(params, one, members, target),
+        )
+
+    def energy(
+        params: Params, history: History, next_observation: jax.Array, reward: jax.Array
+    ) -> jax.Array:
+        fused = fuse(params, history)
+        newest = at_slice(fused, jnp.zeros(fused.valid.shape[1:], jnp.int32))
+        return pooled_energy(
+            params,
+            newest,
+            members,
+            pack_target(newest.anchor, next_observation, reward),
+        )
+
+    return TransitionModel(
+        predict,
+        energy,
+        lambda params, history: spread(params, fuse(params, history)),
+        expert,
+    )
+
+
+def fuse_slices(
+    params: Params,
+    slices: Slices,
+    members: _Members,
+    weight_fn: WeightFn,
+    sampling: SamplingConfig,
+) -> FusedSlices:
+    """Encodes the slices with every expert, weighs the experts, pools their starts."""
+    encoded = members.encode(params, slices)
+    unit = members.unit(params)
+
+    def own_spread(target: Float[Array, "slice *batch dim"]) -> Float[Array, "*batch"]:
+        following = slices.anchor + target[..., :-1]
+        return historical_slice_uncertainty(following, where=slices.valid, unit=unit)
+
+    own = encoded.start
+    if members.first.region == "box":
+        own = _own_modes(params, slices, encoded, members, sampling)
+    weights = weight_fn(jax.vmap(own_spread)(own))
+    per_row = weights[:, None, ..., None]
+    if members.first.region == "trust":
+        start = jnp.sum(per_row * encoded.start, axis=0)
+        scale = jnp.sum(per_row * encoded.scale, axis=0)
+    else:
+        start, scale = jnp.mean(encoded.start, axis=0), jnp.max(encoded.scale, axis=0)
+    return FusedSlices(slices.anchor, start, scale, encoded, weights, slices.valid)
+
+
+def _own_modes(
+    params: Params,
+    slices: Slices,
+    encoded: Encoded,
+    members: _Members,
+    sampling: SamplingConfig,
+) -> Float[Array, "model slice *batch dim"]:
+    """What each expert predicts alone, by its own chains: without a proposal nothing less
+    tells how its slices differ. Rules that ignore uncertainties pay nothing for it, since
+    the compiler drops what is not used."""
+    num_models = encoded.start.shape[0]
+    quiet = dataclasses.replace(sampling, noise=0.0)
+
+    def alone(index: int) -> jax.Array:
+        shape = (num_models, *slices.valid.shape[1:])
+        only = jnp.zeros(shape).at[index].set(1.0)
+        fused = FusedSlices(
+            slices.anchor,
+            encoded.start[index],
+            encoded.scale[index],
+            encoded,
+            only,
+            slices.valid,
+        )
+        key = jax.random.key(0)  # without noise the chain draws nothing from it
+        return descend(key, params, fused, members, quiet, quiet.num_steps)
+
+    return jnp.stack([alone(index) for index in range(num_models)])
+
+
+def at_slice(fused: FusedSlices, index: Int[Array, "*batch"]) -> FusedSlices:
+    """One slice per row; the slice axis goes from every leaf that has one."""
+    members = jax.vmap(pick_slice, in_axes=(0, None))(fused.members, index)
+    anchor, start, scale, valid = pick_slice(
+        (fused.anchor, fused.start, fused.scale, fused.valid), index
+    )
+    return FusedSlices(anchor, start, scale, members, fused.weights, valid)
+
+
+def pooled_energy(
+    params: Params, fused: FusedSlices, members: _Members, target: jax.Array
+) -> jax.Array:
+    """``Σ_i λ_i E_i`` of raw targets ``[*batch, dim]``."""
+    condition = members.prepare(params, fused.members)
+    return weighted_energy(members.energies(params, condition, target), fused.weights)
+
+
+def descend(
+    key: jax.Array,
+    params: Params,
+    fused: FusedSlices,
+    members: _Members,
+    sampling: SamplingConfig,
+    num_steps: int,
+) -> Float[Array, "*batch dim"]:
+    """Raw targets at the end of chains on the pooled energy, from ``fused.start``.
+
+    Works on one slice per row (``[*batch]``) and on all of them (``[slice, *batch]``). The
+    key is consumed; it has no effect without noise.
+    """
+    if num_steps == 0:
+        return fused.start
+    lead = fused.start.shape[:-1]
+    weights = jnp.broadcast_to(
+        jnp.expand_dims(
+            fused.weights, tuple(range(1, 1 + len(lead) - (fused.weights.ndim - 1)))
+        ),
+        (fused.weights.shape[0], *lead),
+    )
+
+    def rows_first(leaf: jax.Array, axis: int) -> jax.Array:
+        # [model, *lead, …] -> [rows, model, …]
+        flat = leaf.reshape((*leaf.shape[:axis], -1, *leaf.shape[axis + len(lead) :]))
+        return jnp.moveaxis(flat, axis, 0)
+
+    condition = (
+        rows_first(fused.start, 0),
+        rows_first(fused.scale, 0),
+        rows_first(weights, 1),
+        jax.tree.map(lambda leaf: rows_first(leaf, 1), fused.members),
+    )
+
+    def make_sampler(row: Any) -> Sampler:
+        start, scale, row_weights, encoded = row
+        prepared = members.prepare(params, encoded)
+
+        def energy(z: Float[Array, "dim"]) -> Float[Array, ""]:
+            target = start + scale * z
+            return weighted_energy(
+                members.energies(params, prepared, target), row_weights
+            )
+
+        return etm_langevin(
+            energy,
+            num_steps,
+            first=sampling.first,
+            last=sampling.last,
+            noise=sampling.noise,
+            drift_clip=sampling.drift_clip,
+            step_clip=sampling.step_clip,
+            bounds=(-sampling.margin, sampling.margin),
+        )
+
+    origin = jnp.zeros_like(condition[0])
+    z, _ = run_chains(
+        key,
+        make_sampler,
+        origin,
+        num_steps,
+        condition=condition,
+        block_rows=sampling.block_rows,
+    )
+    return (condition[0] + condition[1] * z).reshape(*lead, -1)
+
+
+def _choose_slice(
+    key: jax.Array, valid: Bool[Array, "slice *batch"], how: str
+) -> jax.Array:
+    if how == "newest":
+        return jnp.zeros(valid.shape[1:], jnp.int32)
+    logits = jnp.where(jnp.moveaxis(valid, 0, -1), 0.0, -jnp.inf)
+    return jax.random.categorical(key, logits)

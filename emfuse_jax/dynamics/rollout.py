@@ -1,0 +1,125 @@
+"""Branch rollouts of a policy inside a transition model, in one scan.
+
+Reference: Janner et al., "When to trust your model: model-based policy optimization",
+NeurIPS 2019 (branches from real states); penalties as in arXiv:2405.17031, section 4.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from emfuse_jax.base import (
+    History,
+    Params,
+    PolicyFn,
+    TerminatedFn,
+    Transition,
+    TransitionModel,
+)
+
+
+class Rollout(NamedTuple):
+    """Imagined steps ``[time, batch, …]``; only those with ``valid`` happened.
+
+    ``transition.reward`` is penalised; ``reward`` is the model's.
+    """
+
+    transition: Transition
+    reward: Float[Array, "time batch"]
+    uncertainty: Float[Array, "time batch"]
+    valid: Bool[Array, "time batch"]
+
+
+def push(history: History, observation: Float[Array, "*batch obs"]) -> History:
+    """Ages the history by one step; lag 0 gets ``observation`` and, until the policy acts,
+    a zero action."""
+
+    def shift(leaf: jax.Array, newest: jax.Array) -> jax.Array:
+        return jnp.concatenate([newest[None], leaf[:-1]])
+
+    return History(
+        shift(history.observation, observation),
+        shift(history.action, jnp.zeros_like(history.action[0])),
+        shift(history.valid, jnp.ones_like(history.valid[0])),
+    )
+
+
+def act_on(history: History, action: Float[Array, "*batch act"]) -> History:
+    """The history with ``action`` at lag 0."""
+    return history._replace(action=history.action.at[0].set(action))
+
+
+def rollout(
+    params: Params,
+    key: jax.Array,
+    model: TransitionModel,
+    policy: PolicyFn,
+    history: History,
+    horizon: int,
+    *,
+    terminated_fn: TerminatedFn,
+    penalty: float | jax.Array = 0.0,
+    truncate_above: float | jax.Array | None = None,
+) -> Rollout:
+    """Rolls ``policy`` from the newest state of ``history`` for up to ``horizon`` steps.
+
+    A row ends for good when ``terminated_fn`` says so, and is cut (truncated: learners
+    still bootstrap) at the horizon, where its prediction is not finite, or where its
+    uncertainty exceeds ``truncate_above``. Ended rows are simulated on but not ``valid``.
+
+    Args:
+        params: the model's.
+        key: consumed.
+        model: any transition model.
+        policy: ``(key, observation) -> action``.
+        history: windows of real steps ``[lag, batch, …]``; the action at lag 0 is replaced
+            by the policy's.
+        horizon: static number of steps.
+        terminated_fn: the environment's rule, raw units.
+        penalty: subtracted from the reward per unit of uncertainty.
+        truncate_above: uncertainty at which a row is cut.
+
+    Returns:
+        `Rollout` with leaves ``[time, batch, …]``.
+    """
+
+    def step(carry: tuple[History, jax.Array], inputs: tuple[jax.Array, jax.Array]):
+        past, alive = carry
+        step_key, last = inputs
+        key_policy, key_model = jax.random.split(step_key)
+        observation = past.observation[0]
+        action = policy(key_policy, observation)
+        past = act_on(past, action)
+        predicted = model.predict(params, key_model, past)
+        finite = jnp.all(
+            jnp.isfinite(predicted.next_observation), axis=-1
+        ) & jnp.isfinite(predicted.reward)
+        following = jnp.where(finite[:, None], predicted.next_observation, observation)
+        reward = jnp.where(finite, predicted.reward, 0.0)
+        uncertainty = jnp.where(
+            jnp.isfinite(predicted.uncertainty), predicted.uncertainty, 0.0
+        )
+        terminated = terminated_fn(observation, action, following)
+        cut = (
+            ~finite
+            if truncate_above is None
+            else ~finite | (uncertainty > truncate_above)
+        )
+        transition = Transition(
+            observation=observation,
+            action=action,
+            reward=reward - penalty * uncertainty,
+            next_observation=following,
+            terminated=terminated,
+            truncated=~terminated & (cut | last),
+        )
+        out = Rollout(transition, reward, uncertainty, alive & finite)
+        return (push(past, following), alive & ~terminated & ~cut), out
+
+    keys = jax.random.split(key, horizon)
+    alive = jnp.ones(history.valid.shape[1:], bool)
+    last = jnp.arange(horizon) == horizon - 1
+    _, steps = jax.lax.scan(step, (history, alive), (keys, last))
+    return steps

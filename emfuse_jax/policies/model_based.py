@@ -1,0 +1,158 @@
+"""Offline model-based learning as one `base.Learner`: rollouts, model buffer and updates
+together.
+
+One ``update`` branches rollouts off real states, stores what happened in the model buffer
+and makes ``updates_per_rollout`` gradient steps on a mix of real and imagined rows: one
+compiled program, from which metrics leave once. The dynamics come in as a function, so any
+transition model serves.
+
+Reference: Yu et al., "MOPO: model-based offline policy optimization", NeurIPS 2020.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emfuse_jax.base import (
+    Learner,
+    Metrics,
+    Policy,
+    PolicyFn,
+    SpaceSpec,
+    State,
+    Transition,
+)
+from emfuse_jax.data.buffer import num_stored, ring_buffer
+from emfuse_jax.data.dataset import Dataset, gather_transition
+from emfuse_jax.numerics import masked_mean
+from emfuse_jax.policies.online import example_transition
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelBasedConfig:
+    """Settings of `model_based`.
+
+    Attributes:
+        rollout_rows: branches per refresh of the model buffer.
+        horizon: steps of a branch.
+        retain: refreshes that the model buffer holds.
+        updates_per_rollout: gradient steps between refreshes.
+        batch_size: rows per gradient step.
+        real_ratio: part of the batch that comes from the data.
+    """
+
+    rollout_rows: int = 10_000
+    horizon: int = 5
+    retain: int = 5
+    updates_per_rollout: int = 1000
+    batch_size: int = 256
+    real_ratio: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.real_ratio < 1.0:
+            raise ValueError(f"real_ratio={self.real_ratio} must be in [0, 1)")
+        for name in (
+            "rollout_rows",
+            "horizon",
+            "retain",
+            "updates_per_rollout",
+            "batch_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class ModelBasedState(NamedTuple):
+    """``policy`` is the policy's state, ``replay`` the model buffer's."""
+
+    policy: State
+    replay: State
+
+    @property
+    def params(self) -> Any:
+        """The policy's parameters, as its ``act`` takes them."""
+        return self.policy.params
+
+
+class Imagined(NamedTuple):
+    """What a rollout function returns, leaves ``[rows, …]``; see `dynamics.Rollout`."""
+
+    transition: Transition
+    valid: jax.Array
+    uncertainty: jax.Array
+
+
+RolloutFn = Callable[[Any, jax.Array, PolicyFn, Dataset], Imagined]
+"""``(model_params, key, policy, dataset) -> Imagined``."""
+
+
+def model_based(
+    policy: Policy, rollout_fn: RolloutFn, config: ModelBasedConfig, spec: SpaceSpec
+) -> Learner:
+    """Trains ``policy`` on rollouts of a model.
+
+    ``init(key) -> ModelBasedState``; ``update(key, state, (model_params, dataset)) ->
+    (state, metrics)`` is one refresh and its gradient steps, so under `loops.fit` use
+    chunks of one.
+
+    Args:
+        policy: any off-policy learner that acts.
+        rollout_fn: branches ``config.rollout_rows`` rollouts of ``config.horizon`` steps.
+        config: see `ModelBasedConfig`.
+        spec: sizes of the spaces.
+    """
+    num_real = round(config.real_ratio * config.batch_size)
+    capacity = config.rollout_rows * config.horizon * config.retain
+    buffer = ring_buffer(capacity, config.batch_size - num_real)
+
+    def init(key: jax.Array) -> ModelBasedState:
+        return ModelBasedState(policy.init(key), buffer.init(example_transition(spec)))
+
+    def mixed_batch(key: jax.Array, replay: State, dataset: Dataset) -> Transition:
+        imagined = buffer.sample(key, replay)
+        if num_real == 0:
+            return imagined
+        key_real = jax.random.fold_in(key, 1)
+        rows = jax.random.randint(key_real, (num_real,), 0, dataset.age.shape[0])
+        real = gather_transition(dataset, rows)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, imagined)
+
+    def update(
+        key: jax.Array, state: ModelBasedState, data: tuple[Any, Dataset]
+    ) -> tuple[ModelBasedState, Metrics]:
+        model_params, dataset = data
+        key_rollout, key_learn = jax.random.split(key)
+
+        def act(key: jax.Array, observation: jax.Array) -> jax.Array:
+            return policy.act(state.policy.params, key, observation)
+
+        imagined = rollout_fn(model_params, key_rollout, act, dataset)
+        replay = buffer.add(state.replay, imagined.transition, valid=imagined.valid)
+
+        def learn(learner: State, step: jax.Array) -> tuple[State, Metrics]:
+            key_batch, key_update = jax.random.split(
+                jax.random.fold_in(key_learn, step)
+            )
+            return policy.update(
+                key_update, learner, mixed_batch(key_batch, replay, dataset)
+            )
+
+        learner, metrics = jax.lax.scan(
+            learn, state.policy, jnp.arange(config.updates_per_rollout)
+        )
+        metrics = jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
+        rollout_metrics = {
+            "model_reward": masked_mean(imagined.transition.reward, imagined.valid),
+            "model_uncertainty": masked_mean(imagined.uncertainty, imagined.valid),
+            "model_rows": jnp.sum(imagined.valid).astype(jnp.float32),
+            "model_terminated": masked_mean(
+                imagined.transition.terminated.astype(jnp.float32), imagined.valid
+            ),
+            "buffer_rows": num_stored(replay).astype(jnp.float32),
+        }
+        return ModelBasedState(learner, replay), {**metrics, **rollout_metrics}
+
+    return Learner(init, update)

@@ -1,0 +1,65 @@
+"""Named settings: ``demo`` (minutes on two cores), ``fast`` (the best quality per FLOP that
+was measured) and ``paper`` (the published recipes)."""
+
+from emfuse_jax.dynamics import ETM_SAMPLING, AdetmConfig, EtmConfig
+from emfuse_jax.policies.model_based import ModelBasedConfig
+from emfuse_jax.policies.sac import SacConfig
+
+NAMES = ("demo", "fast", "paper")
+
+
+def adetm(name: str) -> AdetmConfig:
+    """The any-step energy model.
+
+    ``paper``: ETM's training (Chen et al., ICML 2024): 4×200 ReLU energies, 16 negatives
+    from chains of 50 steps, batches of 1024; 300 epochs of a million rows are 264 000
+    updates. Sizes of the encoders are not published.
+    """
+    if name == "demo":
+        return AdetmConfig(num_steps=8_000)
+    if name == "fast":
+        return AdetmConfig()
+    return AdetmConfig(
+        negatives="langevin",
+        num_negatives=16,
+        energy_sizes=(200, 200, 200, 200),
+        action_features=64,
+        batch_size=1024,
+        # The published loss sums over the batch, so its decay is that much weaker.
+        weight_decay=1e-4 / 1024,
+        num_steps=264_000,
+        sampling=ETM_SAMPLING,
+    )
+
+
+def etm(name: str) -> EtmConfig:
+    """The one-step energy model; ``paper`` as for `adetm`."""
+    if name != "paper":
+        return EtmConfig(num_steps=adetm(name).num_steps, energy_sizes=(128, 128))
+    return EtmConfig(
+        negatives="langevin",
+        num_negatives=16,
+        batch_size=1024,
+        weight_decay=1e-4 / 1024,
+        num_steps=264_000,
+        sampling=ETM_SAMPLING,
+    )
+
+
+def sac(name: str) -> SacConfig:
+    """The policy. ``paper``: EMPO's (actor 1e-4, critics 3e-4, temperature at most 1)."""
+    if name == "paper":
+        return SacConfig(
+            actor_learning_rate=1e-4,
+            critic_learning_rate=3e-4,
+            temperature_learning_rate=1e-4,
+            max_temperature=1.0,
+        )
+    return SacConfig(max_temperature=1.0)
+
+
+def model_based(name: str) -> ModelBasedConfig:
+    """Rollouts and updates. ``paper``: 50 000 branches of 5 steps per 1000 updates."""
+    if name == "paper":
+        return ModelBasedConfig(rollout_rows=50_000)
+    return ModelBasedConfig()
