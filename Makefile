@@ -29,10 +29,12 @@ pytest: $(VENV)/.test
 		$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 \
 		--cov --cov-report=term $(PYTEST)
 
-lint: types
+lint: $(VENV)/.test
+	$(BIN)/python .ci/tidy.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	@$(MAKE) --no-print-directory types
 
 # pyright is a node program that its Python package downloads at the first call.
 types: $(VENV)/.test
@@ -41,8 +43,13 @@ types: $(VENV)/.test
 	else echo "################ TYPES NOT CHECKED: pyright could not be fetched" \
 		"################"; fi
 
+# From a copy: what is generated or executed must not end up among the sources.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -W --keep-going -d build/docs/doctrees docs build/docs/html
+	rm -rf build/docs/source && mkdir -p build/docs
+	cp -R docs build/docs/source && cp CHANGELOG.md build/docs
+	$(BIN)/python docs/generate_api.py build/docs/source/api
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/docs/doctrees \
+		build/docs/source build/docs/html
 
 bench: $(VENV)/.torch $(VENV)/.run
 	@for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \

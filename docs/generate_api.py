@@ -1,0 +1,86 @@
+"""Writes one API page per package, from the packages themselves.
+
+    python docs/generate_api.py FOLDER
+
+Every public module is on a page, so nothing public can be left out of the documentation.
+"""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import sys
+
+import emfuse_jax
+
+_MODULE = """
+.. automodule:: {name}
+   :members:
+"""
+_SUMMARY = """
+.. currentmodule:: None
+.. autosummary::
+   :nosignatures:
+
+{names}
+"""
+
+
+def public_modules(name: str) -> list[str]:
+    """A package's name and those of its modules without a leading underscore."""
+    module = importlib.import_module(name)
+    found = [name]
+    for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
+        if not child.name.startswith("_"):
+            found += public_modules(f"{name}.{child.name}")
+    return found
+
+
+def own_names(name: str) -> list[str]:
+    """Public classes and functions that a module defines, in order."""
+    module = importlib.import_module(name)
+    members = [
+        value
+        for key, value in vars(module).items()
+        if not key.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == name
+    ]
+    chosen = getattr(module, "__all__", None)
+    return [m.__name__ for m in members if chosen is None or m.__name__ in chosen]
+
+
+def page(names: list[str]) -> str:
+    """The page of one package: its docstring, then each module's."""
+    title = names[0]
+    text = f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n"
+    if len(names) == 1:
+        return text + "   :members:\n"
+    for name in names[1:]:
+        heading = name.removeprefix(title + ".")
+        text += f"\n{heading}\n{'-' * len(heading)}\n"
+        listed = own_names(name)
+        if len(listed) > 1:
+            lines = "\n".join(f"   {name}.{own}" for own in listed)
+            text += _SUMMARY.format(names=lines)
+        text += _MODULE.format(name=name)
+    return text
+
+
+def main(folder: pathlib.Path) -> None:
+    """Writes the pages and their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    children = [child.name for child in pkgutil.iter_modules(emfuse_jax.__path__)]
+    children = [f"emfuse_jax.{child}" for child in children if child[0] != "_"]
+    for name in children:
+        (folder / f"{name}.rst").write_text(page(public_modules(name)))
+    entries = "\n".join(f"   {name}" for name in children)
+    title = "API"
+    text = (
+        f"{title}\n{'=' * len(title)}\n\n.. toctree::\n   :maxdepth: 1\n\n{entries}\n"
+    )
+    (folder / "index.rst").write_text(text)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
