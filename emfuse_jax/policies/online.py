@@ -94,7 +94,11 @@ def online(
         return OnlineState(
             policy=policy.init(key_policy),
             env=state,
-            replay=buffer.init(example_transition(spec)),
+            # Strongly typed, or a scan would trace its body a second time.
+            replay=jax.tree.map(
+                lambda leaf: leaf.astype(leaf.dtype),
+                buffer.init(example_transition(spec)),
+            ),
             num_steps=jnp.zeros((), jnp.int32),
         )
 
