@@ -103,7 +103,7 @@ def bootstrap_interval(
     """
     methods = scores if isinstance(scores, tuple) else (scores,)
     methods = tuple(jnp.asarray(x, float) for x in methods)
-    _check(methods, confidence, ("run", "task"))
+    _check(methods, confidence, least=2)
 
     def resample(resample_key: jax.Array) -> jax.Array:
         keys = jax.random.split(resample_key, len(methods))
@@ -128,18 +128,22 @@ def hierarchical_bootstrap(
 
     Args:
         key: consumed.
-        scores: as many episodes for every seed.
+        scores: as many episodes for every seed. Of one seed alone (a policy that was
+            not trained here, say) the interval is about its episodes only.
         statistic: ``scores [seed, episode] -> scalar``.
         confidence: as in `bootstrap_interval`.
         num_resamples: as in `bootstrap_interval`.
 
     Raises:
-        ValueError: as `bootstrap_interval`.
+        ValueError: as `bootstrap_interval`, but one seed is enough.
     """
     scores = jnp.asarray(scores, float)
-    _check((scores,), confidence, ("seed", "episode"))
-    if scores.ndim != 2:
-        raise ValueError(f"scores of shape {scores.shape}; expected [seed, episode]")
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(
+            f"scores of shape {scores.shape}; expected [seed, episode] with at least two "
+            "episodes"
+        )
+    _check((scores,), confidence, least=1)
 
     def resample(resample_key: jax.Array) -> jax.Array:
         key_seed, key_episode = jax.random.split(resample_key)
@@ -177,16 +181,14 @@ def probability_of_improvement(
     return jnp.mean(wins)
 
 
-def _check(
-    methods: tuple[jax.Array, ...], confidence: float, axes: tuple[str, str]
-) -> None:
+def _check(methods: tuple[jax.Array, ...], confidence: float, *, least: int) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}; expected inside (0, 1), as 0.95")
     for scores in methods:
-        if scores.ndim not in (1, 2) or scores.size == 0 or scores.shape[0] < 2:
+        if scores.ndim not in (1, 2) or scores.size == 0 or scores.shape[0] < least:
             raise ValueError(
-                f"scores of shape {scores.shape}; expected [{axes[0]}] or "
-                f"[{axes[0]}, {axes[1]}] with at least two {axes[0]}s"
+                f"scores of shape {scores.shape}; expected [run] or [run, task] with at "
+                f"least {least} runs"
             )
         if not isinstance(scores, Tracer):
             bad = ~np.isfinite(np.asarray(scores))

@@ -123,6 +123,13 @@ def test_constant_scores_have_an_interval_of_one_point():
     np.testing.assert_array_equal(interval, [3.0, 3.0, 3.0])
 
 
+def test_of_one_seed_the_episodes_alone_are_resampled():
+    scores = jnp.arange(30.0).reshape(1, 30)
+    interval = hierarchical_bootstrap(jax.random.key(0), scores)
+    normal = 1.96 * float(jnp.std(scores)) / np.sqrt(30)
+    assert float(interval.high - interval.low) == pytest.approx(2 * normal, rel=0.1)
+
+
 def test_improvement_is_the_mann_whitney_statistic():
     key_first, key_second = jax.random.split(jax.random.key(0))
     first = jax.random.randint(key_first, (12, 2), 0, 6).astype(jnp.float32)
@@ -146,7 +153,7 @@ def test_improvement_is_the_mann_whitney_statistic():
 @pytest.mark.untyped
 def test_errors_name_the_value_and_the_fix():
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match=r"shape \(1,\).*at least two runs"):
+    with pytest.raises(ValueError, match=r"shape \(1,\).*at least 2 runs"):
         bootstrap_interval(key, jnp.zeros(1))
     with pytest.raises(ValueError, match="confidence=95"):
         bootstrap_interval(key, jnp.zeros(3), confidence=95)
