@@ -167,7 +167,7 @@ def annealed_langevin(
 
 
 def etm_schedule(
-    num_steps: int, first: float = 0.1, last: float = 1e-3, power: float = 2
+    num_steps: int, first: float = 0.1, last: float = 1e-3, power: int | float = 2
 ) -> Schedule:
     """``η_i = (first - last) (1 - i / (num_steps - 1))^power + last``.
 
