@@ -12,9 +12,16 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
+
+# The same examples every time, however busy the machine is.
+hypothesis.settings.register_profile(
+    "house", deadline=None, derandomize=True, max_examples=50
+)
+hypothesis.settings.load_profile("house")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", False)
