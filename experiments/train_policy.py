@@ -13,9 +13,8 @@ trains as well, given its termination rule; only the evaluation is skipped then.
 import dataclasses
 import functools
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,15 @@ from emfuse_jax.envs.termination import get_terminated_fn
 from emfuse_jax.policies.model_based import Imagined, ModelBasedConfig, model_based
 from emfuse_jax.policies.sac import SacConfig
 from experiments import presets
-from experiments._measure import load_domains, require
-from experiments._returns import evaluate_seeds, evaluation_env, summary
+from experiments._measure import data_behind, load_domains, require
+from experiments._returns import (
+    compiled_act,
+    evaluate_seeds,
+    evaluation_env,
+    summary,
+)
 from experiments._run import Run, open_run, run_main
+from experiments._warm import cloned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +45,18 @@ class TrainPolicyConfig:
     Attributes:
         model: run directory of a dynamics model or of a fusion.
         run_dir: where everything goes.
-        env: hopper, walker2d or halfcheetah; empty: not evaluated.
+        env: hopper, walker2d or halfcheetah; another one (with a rule of its own) or
+            none is not evaluated.
         terminated: module:function that says when an episode ends; empty: the env's.
         data: where rollouts start; none: the data behind the model.
         num_updates: gradient steps of the policy.
+        clone_updates: gradient steps of behaviour cloning that the actor starts from;
+            0: it starts at random.
         penalty: subtracted from the reward per unit of uncertainty.
         cut_quantile: rollouts are cut where the uncertainty exceeds this quantile of
             it on the data; none: never.
+        unknown: truncate: a row cut so is worth what the critic says of its last state;
+            terminate: nothing lies beyond (MOReL).
         rollout: branches, buffer and batches.
         sac: the policy.
         seed: the first one.
@@ -61,24 +71,49 @@ class TrainPolicyConfig:
     env: str = ""
     terminated: str = ""
     data: tuple[str, ...] = ()
-    num_updates: int = 50_000
+    num_updates: int = 60_000
+    clone_updates: int = 5_000
     penalty: float = 1.0
-    cut_quantile: float | None = None
+    cut_quantile: float | None = 0.99
+    unknown: Literal["truncate", "terminate"] = "terminate"
     rollout: ModelBasedConfig = ModelBasedConfig()  # noqa: RUF009
     sac: SacConfig = SacConfig()  # noqa: RUF009
     seed: int = 0
     num_seeds: int = 1
     eval_every: int = 10_000
     eval_episodes: int = 10
-    version: str = "v4"
+    version: Literal["v4", "v5"] = "v4"
+
+    def __post_init__(self) -> None:
+        for name in ("num_updates", "num_seeds", "eval_every", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        per_rollout = self.rollout.updates_per_rollout
+        for name in ("num_updates", "eval_every"):
+            if getattr(self, name) % per_rollout:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a multiple of "
+                    f"rollout.updates_per_rollout={per_rollout}"
+                )
+        if self.cut_quantile is not None and not 0.0 <= self.cut_quantile <= 1.0:
+            raise ValueError(f"cut_quantile={self.cut_quantile} must be in [0, 1]")
 
 
 PRESETS = {
-    "demo": lambda: TrainPolicyConfig(num_updates=10_000, eval_every=5_000),
-    "fast": TrainPolicyConfig,
+    "demo": lambda: TrainPolicyConfig(
+        num_updates=10_000,
+        eval_every=2_000,
+        sac=presets.sac("demo"),
+        rollout=presets.model_based("demo"),
+    ),
+    "fast": lambda: TrainPolicyConfig(
+        sac=presets.sac("fast"), rollout=presets.model_based("fast")
+    ),
     "paper": functools.partial(
         TrainPolicyConfig,
         num_updates=3_000_000,
+        clone_updates=0,
+        cut_quantile=None,
         sac=presets.sac("paper"),
         rollout=presets.model_based("paper"),
     ),
@@ -86,7 +121,7 @@ PRESETS = {
 POLICY_FOLDER = "policy"
 
 
-def main(config: TrainPolicyConfig) -> dict[str, Any]:
+def train(config: TrainPolicyConfig) -> dict[str, Any]:
     """Trains, evaluates, writes ``result.json`` and returns what it holds."""
     require(config, "model", "run_dir")
     if not config.env and not config.terminated:
@@ -95,13 +130,23 @@ def main(config: TrainPolicyConfig) -> dict[str, Any]:
             "another one; give at least one of them"
         )
     terminated_fn = get_terminated_fn(config.terminated or config.env)
-    env = evaluation_env(config.env, config.eval_episodes, config.version)
+    env = evaluation_env(
+        config.env,
+        config.eval_episodes,
+        config.version,
+        listed_only=not config.terminated,
+    )
     trained = artifacts.load_run(config.model)
     if trained.model is None:
         raise ValueError(
             f"{config.model} holds a policy; --model wants a dynamics model"
         )
-    domains = load_domains(config.data or sources(trained, config.model), min_length=1)
+    if env is not None and env.spec != trained.spec:
+        raise ValueError(
+            f"--env={config.env} has {env.spec}, {config.model} was trained on "
+            f"{trained.spec}; name the environment of the data"
+        )
+    domains = load_domains(config.data or data_behind([config.model]), min_length=1)
     dataset = concatenate([domain.train for domain in domains])
     if (dataset.observation.shape[1], dataset.action.shape[1]) != trained.spec:
         raise ValueError(
@@ -109,19 +154,15 @@ def main(config: TrainPolicyConfig) -> dict[str, Any]:
             f"{config.model} was trained on {tuple(trained.spec)}"
         )
     dataset = jax.tree.map(jnp.asarray, dataset)
+    if env is None:
+        print(_skipped(config.env), file=sys.stderr)
     with open_run(config.run_dir, config, kind="train_policy", seed=config.seed) as run:
         return _train(run, config, trained, dataset, terminated_fn, env)
 
 
-def sources(trained: artifacts.Trained, path: str) -> tuple[str, ...]:
-    """The data behind a run of a dynamics model or of a fusion."""
-    config = artifacts.read_json(f"{path}/config.json")["config"]
-    if "experts" not in config or config["data"]:
-        return tuple(config["data"])
-    configs = [
-        artifacts.read_json(f"{e}/config.json")["config"] for e in config["experts"]
-    ]
-    return tuple(dict.fromkeys(source for c in configs for source in c["data"]))
+def _skipped(env: str) -> str:
+    why = f"{env!r} cannot be simulated here" if env else "no --env was named"
+    return f"evaluation skipped: {why}"
 
 
 def _train(
@@ -132,11 +173,6 @@ def _train(
     terminated_fn: Callable[..., Any],
     env: Any,
 ) -> dict[str, Any]:
-    if config.num_updates % config.rollout.updates_per_rollout:
-        raise ValueError(
-            f"num_updates={config.num_updates} must be a multiple of "
-            f"rollout.updates_per_rollout={config.rollout.updates_per_rollout}"
-        )
     description = artifacts.describe(
         "sac",
         config.sac,
@@ -158,29 +194,47 @@ def _train(
     ]
     key_init, key_fit = jnp.stack([k[0] for k in keys]), jnp.stack([k[1] for k in keys])
     one = config.num_seeds == 1
-    init = learner.init if one else jax.vmap(learner.init)
+
+    def init(key: jax.Array, data: Dataset) -> Any:
+        state = learner.init(key)
+        if not config.clone_updates:
+            return state
+        key = jax.random.fold_in(key, 1)
+        spec = trained.spec
+        return cloned(key, state, config.sac, spec, data, config.clone_updates)
+
+    start = jax.jit(init if one else jax.vmap(init, in_axes=(0, None)))
     per_chunk = config.rollout.updates_per_rollout
-    started, result = time.process_time(), {}
+    act = compiled_act(policy)
+    result: dict[str, Any] = {"model": config.model, "env": config.env}
 
     def evaluate(chunks: int, state: Any) -> dict[str, float]:
         step, params = chunks * per_chunk, state.params
         artifacts.delete_after(run.path / POLICY_FOLDER, step - 1)
         artifacts.save(run.path / POLICY_FOLDER, step, params)
+        result["step"] = step
         if env is None:
+            run.write_json("result.json", result)
             return {"update": step}
         key = jax.random.key(config.seed + 10_000)
-        stats = evaluate_seeds(
-            key, env, policy, params, config.num_seeds, config.eval_episodes
+        returns = evaluate_seeds(
+            key, env, act, params, config.num_seeds, config.eval_episodes
         )
-        result.update(summary(stats, config.env), step=step)
+        result.update(summary(returns, config.env))
         run.write_json("result.json", result)
-        return {"update": step, "normalized_return": result["mean"]}
+        low, high = result["interval"]
+        return {
+            "update": step,
+            "normalized_return": result["mean"],
+            "return_low": low,
+            "return_high": high,
+        }
 
     with run.stage("train"):
         run.fit(
             key_fit[0] if one else key_fit,
             learner,
-            init(key_init[0] if one else key_init),
+            start(key_init[0] if one else key_init, dataset),
             lambda key, data: data,
             config.num_updates // per_chunk,
             data=(trained.params, dataset),
@@ -189,7 +243,7 @@ def _train(
             evaluate=evaluate,
             description="train policy",
         )
-    return _finish(run, config, time.process_time() - started)
+    return _finish(run, evaluated=env is not None)
 
 
 def rollout_fn(
@@ -224,6 +278,7 @@ def rollout_fn(
             terminated_fn=terminated_fn,
             penalty=config.penalty,
             truncate_above=threshold,
+            unknown=config.unknown,
         )
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
         return Imagined(flat.transition, flat.valid, flat.uncertainty)
@@ -241,21 +296,27 @@ def uncertainty_quantile(
     return float(jnp.quantile(values, quantile))
 
 
-def _finish(run: Run, config: TrainPolicyConfig, seconds: float) -> dict[str, Any]:
-    if not config.env:
-        print("no listed --env: trained, evaluation skipped")
-        return {}
+def _finish(run: Run, *, evaluated: bool) -> dict[str, Any]:
     result = artifacts.read_json(run.path / "result.json")
-    # A finished run that is started again keeps the cost of the start that worked.
-    result["cpu_seconds"] = max(result.get("cpu_seconds", 0.0), seconds)
+    result["cpu_seconds"] = run.seconds("train, cpu")
     run.write_json("result.json", result)
+    if not evaluated:
+        print(f"trained; {_skipped(result['env'])}")
+        return result
     low, high = result["interval"]
     print(
-        f"{config.env}: {result['mean']:.1f} normalised, 95 % interval "
+        f"{result['env']}: {result['mean']:.1f} normalised, 95 % interval "
         f"[{low:.1f}, {high:.1f}], per seed {[round(x, 1) for x in result['per_seed']]}"
     )
     return result
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_main(
+        train, TrainPolicyConfig, argv, presets=PRESETS, default_preset="fast"
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(run_main(main, TrainPolicyConfig, presets=PRESETS, default_preset="fast"))
+    sys.exit(main())

@@ -1,10 +1,12 @@
 """Branch rollouts of a policy inside a transition model, in one scan.
 
-Reference: Janner et al., "When to trust your model: model-based policy optimization",
-NeurIPS 2019 (branches from real states); penalties as in arXiv:2405.17031, section 4.
+References: Janner et al., "When to trust your model: model-based policy optimization",
+NeurIPS 2019 (branches from real states); penalties as in arXiv:2405.17031, section 4;
+Kidambi et al., "MOReL: model-based offline reinforcement learning", NeurIPS 2020 (unknown
+states that end the episode).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +64,7 @@ def rollout(
     terminated_fn: TerminatedFn,
     penalty: float | jax.Array = 0.0,
     truncate_above: float | jax.Array | None = None,
+    unknown: Literal["truncate", "terminate"] = "truncate",
 ) -> Rollout:
     """Rolls ``policy`` from the newest state of ``history`` for up to ``horizon`` steps.
 
@@ -80,6 +83,9 @@ def rollout(
         terminated_fn: the environment's rule, raw units.
         penalty: subtracted from the reward per unit of uncertainty.
         truncate_above: uncertainty at which a row is cut.
+        unknown: whether a row that is cut so is truncated, or terminated: then nothing
+            of value lies beyond what the model knows, as in MOReL's absorbing state
+            (pessimistic where rewards are positive).
 
     Returns:
         `Rollout` with leaves ``[time, batch, …]``.
@@ -93,20 +99,24 @@ def rollout(
         action = policy(key_policy, observation)
         past = act_on(past, action)
         predicted = model.predict(params, key_model, past)
-        finite = jnp.all(
-            jnp.isfinite(predicted.next_observation), axis=-1
-        ) & jnp.isfinite(predicted.reward)
+        # An infinite uncertainty must not pass for none: its row is cut as well.
+        finite = (
+            jnp.all(jnp.isfinite(predicted.next_observation), axis=-1)
+            & jnp.isfinite(predicted.reward)
+            & jnp.isfinite(predicted.uncertainty)
+        )
         following = jnp.where(finite[:, None], predicted.next_observation, observation)
         reward = jnp.where(finite, predicted.reward, 0.0)
-        uncertainty = jnp.where(
-            jnp.isfinite(predicted.uncertainty), predicted.uncertainty, 0.0
-        )
+        uncertainty = jnp.where(finite, predicted.uncertainty, 0.0)
         terminated = terminated_fn(observation, action, following)
-        cut = (
-            ~finite
-            if truncate_above is None
-            else ~finite | (uncertainty > truncate_above)
-        )
+        cut = ~finite
+        if truncate_above is not None:
+            beyond = uncertainty > truncate_above
+            cut, terminated = (
+                (cut | beyond, terminated)
+                if unknown == "truncate"
+                else (cut, terminated | beyond)
+            )
         transition = Transition(
             observation=observation,
             action=action,

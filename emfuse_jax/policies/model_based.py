@@ -112,10 +112,10 @@ def model_based(
         return ModelBasedState(policy.init(key), buffer.init(example_transition(spec)))
 
     def mixed_batch(key: jax.Array, replay: State, dataset: Dataset) -> Transition:
-        imagined = buffer.sample(key, replay)
+        key_imagined, key_real = jax.random.split(key)
+        imagined = buffer.sample(key_imagined, replay)
         if num_real == 0:
             return imagined
-        key_real = jax.random.fold_in(key, 1)
         rows = jax.random.randint(key_real, (num_real,), 0, dataset.age.shape[0])
         real = gather_transition(dataset, rows)
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, imagined)

@@ -29,6 +29,8 @@ class SacConfig:
         actor_learning_rate: Adam.
         actor_decay_steps: anneal the actor's rate to 0 along a cosine over this many
             updates; None keeps it constant.
+        actor_warmup_steps: first updates in which actor and temperature stay as they
+            are while the critics learn what that policy is worth (for a cloned actor).
         critic_learning_rate: Adam.
         temperature_learning_rate: Adam, on the log temperature.
         discount: γ.
@@ -46,6 +48,7 @@ class SacConfig:
     hidden_sizes: tuple[int, ...] = (256, 256)
     actor_learning_rate: float = 3e-4
     actor_decay_steps: int | None = None
+    actor_warmup_steps: int = 0
     critic_learning_rate: float = 3e-4
     temperature_learning_rate: float = 3e-4
     discount: float = 0.99
@@ -233,15 +236,25 @@ def sac(config: SacConfig, spec: SpaceSpec) -> Policy:
 
 
 def _optimizers(config: SacConfig) -> SacParams:
-    """One Adam per part; the actor's rate may decay."""
+    """One Adam per part; the actor's rate may wait and decay."""
     actor_rate: Any = config.actor_learning_rate
+    temperature_rate: Any = config.temperature_learning_rate
     if config.actor_decay_steps is not None:
         actor_rate = optax.cosine_decay_schedule(actor_rate, config.actor_decay_steps)
+    if config.actor_warmup_steps:
+        actor_rate = _after(actor_rate, config.actor_warmup_steps)
+        temperature_rate = _after(temperature_rate, config.actor_warmup_steps)
     return SacParams(
         actor=optax.adam(actor_rate),
         critic=optax.adam(config.critic_learning_rate),
-        log_temperature=optax.adam(config.temperature_learning_rate),
+        log_temperature=optax.adam(temperature_rate),
     )
+
+
+def _after(rate: float | optax.Schedule, num_steps: int) -> optax.Schedule:
+    """0 for ``num_steps``, then ``rate`` from its start."""
+    schedule = rate if callable(rate) else optax.constant_schedule(rate)
+    return optax.join_schedules([optax.constant_schedule(0.0), schedule], [num_steps])
 
 
 def _update(
