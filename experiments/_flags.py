@@ -255,14 +255,19 @@ def _type_name(kind: Any) -> str:
 
 
 def _attribute_docs(config_cls: type) -> dict[str, str]:
-    """The ``Attributes:`` section of a Google docstring, by name."""
-    doc = inspect.getdoc(config_cls) or ""
-    section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", doc, flags=re.MULTILINE)
-    if section is None:
-        return {}
-    entries = re.split(r"^    (\w+): ", section.group(1), flags=re.MULTILINE)[1:]
-    texts = (" ".join(text.split()) for text in entries[1::2])
-    return dict(zip(entries[::2], texts, strict=True))
+    """The ``Attributes:`` sections of a class and its bases, by name; the class's own
+    words go before those of its bases."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config_cls.__mro__):
+        doc = inspect.cleandoc(cls.__doc__ or "")
+        section = re.search(
+            r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", doc, flags=re.MULTILINE
+        )
+        if section is not None:
+            entries = re.split(r"^    (\w+): ", section.group(1), flags=re.MULTILINE)
+            texts = (" ".join(text.split()) for text in entries[2::2])
+            docs |= dict(zip(entries[1::2], texts, strict=True))
+    return docs
 
 
 def _help(program: str, doc: str, values: flags.FlagValues) -> str:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emfuse_jax import artifacts
 from emfuse_jax.base import TransitionModel
 from emfuse_jax.data import (
     Dataset,
@@ -63,6 +64,16 @@ def load_domains(
     return domains
 
 
+def data_behind(runs: Sequence[str]) -> tuple[str, ...]:
+    """The data sets that runs of dynamics models and of fusions were made from, each
+    once."""
+    found: list[str] = []
+    for run in runs:
+        config = artifacts.read_json(f"{run}/config.json")["config"]
+        found += config["data"] or data_behind(config["experts"])
+    return tuple(dict.fromkeys(found))
+
+
 def pooled_unit(domains: Sequence[Domain]) -> jax.Array:
     """The unit of errors: pooled standard deviation of Δs over the training rows."""
     pooled = concatenate([domain.train for domain in domains])
@@ -79,11 +90,7 @@ def spaced_rows(
     Raises:
         ValueError: if no episode is long enough.
     """
-    age = np.asarray(dataset.age)
-    rows = np.arange(len(age))
-    ahead = np.minimum(rows + after, len(age) - 1)
-    whole = (age >= before) & (age[ahead] == age + after)
-    usable = np.flatnonzero(whole)
+    usable = _usable_rows(dataset, before, after)
     if not len(usable):
         raise ValueError(
             f"no held-out episode has {before + 1 + after} steps; record longer episodes "
@@ -91,6 +98,27 @@ def spaced_rows(
         )
     chosen = np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)
     return usable[chosen]
+
+
+def _usable_rows(dataset: Dataset, before: int, after: int) -> np.ndarray:
+    age = np.asarray(dataset.age)
+    rows = np.arange(len(age))
+    ahead = np.minimum(rows + after, len(age) - 1)
+    return np.flatnonzero((age >= before) & (age[ahead] == age + after))
+
+
+def check_held_out(domains: Sequence[Domain], lags: int) -> None:
+    """Refuses data sets whose held-out episodes are all shorter than the window.
+
+    Raises:
+        ValueError: naming the data set and the length that is missing.
+    """
+    for domain in domains:
+        for part in (domain.validation, domain.test):
+            try:
+                spaced_rows(part, 1, before=lags)
+            except ValueError as error:
+                raise ValueError(f"{domain.name}: {error}") from error
 
 
 class OneStep(NamedTuple):
@@ -134,9 +162,13 @@ class Measured:
             float(rms_error(predicted.next_observation, target, self._unit)),
         )
 
-    def k_step(self, dataset: Dataset, count: int = 800) -> dict[str, float]:
-        """Open-loop errors after 1, 5 and 10 steps with the true actions."""
-        horizon = max(HORIZONS)
+    def k_step(self, dataset: Dataset, count: int = 800) -> dict[str, float | None]:
+        """Open-loop errors after 1, 5 and 10 steps with the true actions; None where no
+        held-out episode is that long."""
+        reached = [k for k in HORIZONS if len(_usable_rows(dataset, self._lags, k - 1))]
+        if not reached:
+            return dict.fromkeys(map(str, HORIZONS))
+        horizon = max(reached)
         rows = spaced_rows(dataset, count, before=self._lags, after=horizon - 1)
         ahead = rows[None] + np.arange(horizon)[:, None]
         history = gather_history(dataset, rows, self._lags)
@@ -146,4 +178,6 @@ class Measured:
         errors = k_step_error(
             predicted, jnp.asarray(dataset.next_observation[ahead]), self._unit
         )
-        return {str(k): float(errors[k - 1]) for k in HORIZONS}
+        return {
+            str(k): float(errors[k - 1]) if k in reached else None for k in HORIZONS
+        }

@@ -65,7 +65,8 @@ class Progress:
 
 
 class Stages:
-    """Seconds per stage in a JSON file, summed over every start of the run.
+    """Seconds per stage in a JSON file, summed over every start of the run: of the clock
+    under the stage's name, and of this process's CPU under ``"<name>, cpu"``.
 
     Args:
         path: the file; what it holds already is added to.
@@ -75,6 +76,7 @@ class Stages:
         self._path = path
         self._seconds = dict(read_json(path)) if path.exists() else {}
         self._open: dict[str, float] = {}
+        self._open_cpu: dict[str, float] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -84,19 +86,28 @@ class Stages:
                 f"stage {name!r} is already open; give the inner one a name"
             )
         self._open[name] = time.monotonic()
+        self._open_cpu[name] = time.process_time()
         try:
             yield
         finally:
             self.flush()
-            del self._open[name]
+            del self._open[name], self._open_cpu[name]
 
     def flush(self) -> None:
         """Writes the seconds so far, of open stages too, so that a kill loses few."""
-        now = time.monotonic()
-        for name, start in self._open.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + now - start
-            self._open[name] = now
+        now, cpu = time.monotonic(), time.process_time()
+        for name in self._open:
+            self._add(name, now - self._open[name])
+            self._add(f"{name}, cpu", cpu - self._open_cpu[name])
+            self._open[name], self._open_cpu[name] = now, cpu
         write_json(self._path, {k: round(v, 3) for k, v in self._seconds.items()})
+
+    def seconds(self, name: str) -> float:
+        """What a stage has taken up to the last `flush`, 0 if it never began."""
+        return self._seconds.get(name, 0.0)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self.seconds(name) + seconds
 
 
 def _scalar(value: Any) -> bool:

@@ -1,55 +1,82 @@
 """Returns of policies in MuJoCo, per seed and episode, and what tables say of them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from emfuse_jax.base import Policy
-from emfuse_jax.envs.mujoco_batch import MujocoBatch
-from emfuse_jax.evaluation.episodes import evaluate
+from emfuse_jax.envs.mujoco_batch import ENVIRONMENTS, MujocoBatch
+from emfuse_jax.evaluation.episodes import MAX_STEPS, evaluate
 from emfuse_jax.evaluation.scores import normalized_score, reference_score
 from emfuse_jax.evaluation.statistics import hierarchical_bootstrap, iqm
 
+Act = Callable[[Any, jax.Array, Any], Any]
+"""``(params, key, observation [env, obs]) -> action``, compiled once."""
 
-def evaluation_env(name: str, num_envs: int, version: str) -> MujocoBatch | None:
-    """The environment to evaluate in; None (with an empty name) where there is none."""
-    return MujocoBatch(name, num_envs, version=version) if name else None
+
+def evaluation_env(
+    name: str, num_envs: int, version: str, *, listed_only: bool = True
+) -> MujocoBatch | None:
+    """The environment to evaluate in; None where there is none.
+
+    Args:
+        name: of the environment; empty where none is wanted.
+        num_envs: stepped together.
+        version: gymnasium's rewards.
+        listed_only: whether an environment that is not listed is an error.
+    """
+    if not name or (name not in ENVIRONMENTS and not listed_only):
+        return None
+    return MujocoBatch(name, num_envs, version=version)
+
+
+def compiled_act(policy: Policy, *, stochastic: bool = False) -> Act:
+    """The policy's action function; make it once, a second one would compile again."""
+    return jax.jit(functools.partial(policy.act, deterministic=not stochastic))
 
 
 def evaluate_seeds(
     key: jax.Array,
     env: MujocoBatch,
-    policy: Policy,
+    act: Act,
     params: Any,
     num_seeds: int,
     num_episodes: int,
+    *,
+    max_steps: int = MAX_STEPS,
 ) -> np.ndarray:
-    """Returns ``[seed, episode]`` of the deterministic policies; ``params`` lead with the
-    seed axis where there is more than one."""
-    act = jax.jit(functools.partial(policy.act, deterministic=True))
+    """Returns ``[seed, episode]``; ``params`` lead with the seed axis where there is more
+    than one. Every seed plays episodes of its own."""
     returns = []
     for seed in range(num_seeds):
-        own = (
-            params
-            if num_seeds == 1
-            else jax.tree.map(lambda leaf, i=seed: leaf[i], params)
+        own = params
+        if num_seeds > 1:
+            own = jax.tree.map(lambda leaf, i=seed: leaf[i], params)
+        stats = evaluate(
+            jax.random.fold_in(key, seed),
+            env,
+            functools.partial(act, own),
+            num_episodes,
+            max_steps=max_steps,
         )
-        stats = evaluate(key, env, functools.partial(act, own), num_episodes)
         returns.append(np.asarray(stats.returns))
     return np.stack(returns)
 
 
 def summary(returns: np.ndarray, env: str) -> dict[str, Any]:
-    """Normalised returns ``[seed, episode]`` as JSON: mean, IQM and a 95 % interval by
-    resampling seeds, then episodes."""
+    """Normalised returns ``[seed, episode]`` as JSON: mean and interquartile mean, each
+    with a 95 % interval by resampling seeds, then episodes."""
     scores = np.asarray(normalized_score(returns, reference_score(env)))
     interval = hierarchical_bootstrap(jax.random.key(0), scores)
+    robust = hierarchical_bootstrap(jax.random.key(0), scores, iqm)
     return {
         "mean": float(scores.mean()),
-        "iqm": float(iqm(scores.ravel())),
         "interval": [float(interval.low), float(interval.high)],
+        "iqm": float(robust.estimate),
+        "iqm_interval": [float(robust.low), float(robust.high)],
         "per_seed": scores.mean(axis=1).tolist(),
         "episodes": scores.tolist(),
     }

@@ -39,6 +39,7 @@ class Run:
         self._stages = Stages(path / "stages.json")
         self._lock = lock
         self.stage = self._stages.stage
+        self.seconds = self._stages.seconds
 
     @property
     def checkpoints(self) -> pathlib.Path:

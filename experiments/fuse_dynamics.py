@@ -10,7 +10,6 @@ rule and with uniform weights, and how well the uncertainty ranks the errors.
 """
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,12 +25,17 @@ from emfuse_jax.evaluation.fidelity import auroc, spearman
 from experiments._measure import (
     Domain,
     Measured,
-    OneStep,
+    check_held_out,
+    data_behind,
     load_domains,
     pooled_unit,
     require,
 )
 from experiments._run import open_run, run_main
+from experiments._tables import format_cell, to_plain
+
+_SCATTER = 600
+"""Rows of (uncertainty, error) that are kept for pictures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,46 +55,52 @@ class FuseDynamicsConfig:
     data: tuple[str, ...] = ()
 
 
-def main(config: FuseDynamicsConfig) -> dict[str, Any]:
+def fuse(config: FuseDynamicsConfig) -> dict[str, Any]:
     """Fuses, measures, writes ``fusion.json`` and returns what it holds."""
     require(config, "experts", "run_dir")
-    if config.fusion.rule == "fixed":
-        check_weights(config.fusion.weights, len(config.experts))
-    experts = [artifacts.load_run(path) for path in config.experts]
-    for path, expert in zip(config.experts, experts, strict=True):
+    _check_weights(config)
+    experts = {path: artifacts.load_run(path) for path in config.experts}
+    if len(experts) != len(config.experts):
+        raise ValueError(
+            f"--experts={','.join(config.experts)} names a run twice; give each once"
+        )
+    for path, expert in experts.items():
         if expert.model is None or expert.model.expert is None:
             raise ValueError(
                 f"{path} holds a {expert.description['kind']!r}, which has no energy of "
                 "its own to fuse; give runs of adetm or etm"
             )
-    members = [expert.description for expert in experts]
+    members = [expert.description for expert in experts.values()]
     description = artifacts.describe_fusion(members, config.fusion)
-    params = artifacts.join_params(members, [expert.params for expert in experts])
-    model = artifacts.build(description)
-    sources = config.data or _sources(config.experts)
-    lags = experts[0].model.expert.num_lags
-    domains = load_domains(sources, min_length=1)
+    params = artifacts.join_params(members, [e.params for e in experts.values()])
+    uniform = dataclasses.replace(config.fusion, rule="uniform", weights=())
+    rules = {
+        config.fusion.rule: artifacts.build(description),
+        "uniform": artifacts.build(artifacts.describe_fusion(members, uniform)),
+    }
+    lags = rules["uniform"].expert.num_lags
+    domains = load_domains(config.data or data_behind(config.experts), min_length=1)
+    check_held_out(domains, lags)
     with open_run(config.run_dir, config, kind="fuse_dynamics") as run:
         artifacts.write_description(run.path, description)
         if not artifacts.steps(run.checkpoints):
             run.save(0, params)
         with run.stage("measure"):
-            uniform = artifacts.build(
-                artifacts.describe_fusion(
-                    members,
-                    dataclasses.replace(config.fusion, rule="uniform", weights=()),
-                )
-            )
-            result = measure(
-                {config.fusion.rule: model, "uniform": uniform},
-                params,
-                dict(zip(config.experts, experts, strict=True)),
-                domains,
-                lags,
-            )
+            result = to_plain(measure(rules, params, experts, domains, lags))
         run.write_json("fusion.json", result)
     _print(result)
     return result
+
+
+def _check_weights(config: FuseDynamicsConfig) -> None:
+    weights = config.fusion.weights
+    if config.fusion.rule == "fixed":
+        check_weights(list(weights), len(config.experts))
+    elif weights:
+        raise ValueError(
+            f"--fusion.weights={','.join(map(str, weights))} is not used by "
+            f"--fusion.rule={config.fusion.rule}; give --fusion.rule=fixed"
+        )
 
 
 def measure(
@@ -105,67 +115,57 @@ def measure(
     Args:
         fused: transition models by rule; the first is the fusion in question.
         params: theirs, one for all.
-        experts: by name.
+        experts: by run directory.
         domains: what to measure on.
         lags: history that the models read.
     """
     unit = pooled_unit(domains)
-    result: dict[str, Any] = {"domains": [domain.name for domain in domains]}
-    singles = {}
-    for name, expert in experts.items():
+    names = [domain.name for domain in domains]
+    singles, fusions = {}, {}
+    for path, expert in experts.items():
         measured = Measured(expert.model, expert.params, unit, lags=lags)
-        rows = [measured.one_step(domain.test) for domain in domains]
-        singles[name] = {
-            "one_step": [row.rms for row in rows],
-            "k_step": [measured.k_step(domain.test) for domain in domains],
-        } | _ranks(rows)
-    result["experts"] = singles
-    result["fused"] = {}
+        own = [name in data_behind([path]) for name in names]
+        singles[path] = {"own": own, **_errors(measured, domains, own)}
     for rule, model in fused.items():
         measured = Measured(model, params, unit, lags=lags)
-        rows = [measured.one_step(domain.test) for domain in domains]
-        result["fused"][rule] = {
-            "one_step": [row.rms for row in rows],
-            "k_step": [measured.k_step(domain.test) for domain in domains],
-        } | _ranks(rows)
-        if rule == next(iter(fused)):
-            result["scatter"] = _scatter(rows)
+        fusions[rule] = _errors(measured, domains)
     mean_single = float(np.mean([single["one_step"] for single in singles.values()]))
-    result["ratio_to_mean_single"] = {
-        rule: float(np.mean(row["one_step"])) / mean_single
-        for rule, row in result["fused"].items()
-    }
-    return result
-
-
-def _ranks(rows: Sequence[OneStep]) -> dict[str, float]:
-    """How uncertainty ranks the errors over all domains together."""
-    error = jnp.concatenate([row.error for row in rows])
-    uncertainty = jnp.concatenate([row.uncertainty for row in rows])
-    large = error > jnp.quantile(error, 0.9)
     return {
-        "spearman": float(spearman(uncertainty, error)),
-        "auroc_top_decile": float(auroc(uncertainty, large)),
+        "domains": names,
+        "experts": singles,
+        "fused": fusions,
+        "ratio_to_mean_single": {
+            rule: float(np.mean(row["one_step"])) / mean_single
+            for rule, row in fusions.items()
+        },
     }
 
 
-def _scatter(rows: Sequence[OneStep], count: int = 500) -> dict[str, list[float]]:
+def _errors(
+    measured: Measured, domains: Sequence[Domain], own: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """One model on every domain; ``own`` says on which of them it was trained."""
+    rows = [measured.one_step(domain.test) for domain in domains]
     error = np.concatenate([row.error for row in rows])
     uncertainty = np.concatenate([row.uncertainty for row in rows])
-    chosen = np.linspace(0, len(error) - 1, min(count, len(error))).astype(int)
+    domain = np.repeat(np.arange(len(rows)), [len(row.error) for row in rows])
+    large = jnp.asarray(error > np.quantile(error, 0.9))
+    outside = jnp.zeros(len(error), bool)
+    if own is not None:
+        outside = ~jnp.asarray(own)[domain]
+    chosen = np.linspace(0, len(error) - 1, min(_SCATTER, len(error))).astype(int)
     return {
-        "error": error[chosen].tolist(),
-        "uncertainty": uncertainty[chosen].tolist(),
+        "one_step": [row.rms for row in rows],
+        "k_step": [measured.k_step(domain.test) for domain in domains],
+        "spearman": float(spearman(jnp.asarray(uncertainty), jnp.asarray(error))),
+        "auroc_large_error": float(auroc(jnp.asarray(uncertainty), large)),
+        "auroc_outside": float(auroc(jnp.asarray(uncertainty), outside)),
+        "scatter": {
+            "error": error[chosen].tolist(),
+            "uncertainty": uncertainty[chosen].tolist(),
+            "outside": outside[chosen].astype(int).tolist(),
+        },
     }
-
-
-def _sources(experts: Sequence[str]) -> tuple[str, ...]:
-    """The data that the experts were trained on, each once."""
-    configs = [
-        artifacts.read_json(pathlib.Path(path) / "config.json") for path in experts
-    ]
-    sources = [source for config in configs for source in config["config"]["data"]]
-    return tuple(dict.fromkeys(sources))
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -175,10 +175,18 @@ def _print(result: dict[str, Any]) -> None:
     }
     for name, row in rows.items():
         errors = "  ".join(f"{value:.3f}" for value in row["one_step"])
-        print(f"{name}: one-step {errors}, Spearman(u, error) {row['spearman']:.2f}")
+        print(
+            f"{name}: one-step {errors}, "
+            f"Spearman(u, error) {format_cell(row['spearman'])}"
+        )
     for rule, ratio in result["ratio_to_mean_single"].items():
         print(f"fused ({rule}) / mean of single experts: {ratio:.3f}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_main(fuse, FuseDynamicsConfig, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_main(main, FuseDynamicsConfig))
+    sys.exit(main())

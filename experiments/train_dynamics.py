@@ -11,7 +11,7 @@ validation, which chooses the checkpoint. Rerun with the same flags to resume.
 import dataclasses
 import functools
 import sys
-import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from emfuse_jax import artifacts
 from emfuse_jax.base import SpaceSpec
-from emfuse_jax.data import concatenate, gather_history
+from emfuse_jax.data import Dataset, concatenate, gather_history
 from emfuse_jax.dynamics import (
     AdetmConfig,
     EnsembleConfig,
@@ -32,6 +32,7 @@ from experiments import presets
 from experiments._measure import (
     Domain,
     Measured,
+    check_held_out,
     load_domains,
     pooled_unit,
     require,
@@ -66,6 +67,16 @@ class TrainDynamicsConfig:
     chunk: int = 1000
     save_every: int = 2
 
+    def __post_init__(self) -> None:
+        steps = self.chosen.num_steps
+        if min(steps, self.chunk, self.save_every) < 1 or steps % min(
+            self.chunk, steps
+        ):
+            raise ValueError(
+                f"{self.model}.num_steps={steps} must be a multiple of chunk={self.chunk} "
+                f"(or below it), and save_every={self.save_every} at least 1"
+            )
+
     @property
     def chosen(self) -> Any:
         """The config of the chosen model."""
@@ -80,62 +91,65 @@ PRESETS = {
 }
 
 
-def main(config: TrainDynamicsConfig) -> dict[str, Any]:
+def train(config: TrainDynamicsConfig) -> dict[str, Any]:
     """Trains, writes ``result.json`` and returns what it holds."""
     require(config, "data", "run_dir")
     chosen = config.chosen
     lags = getattr(chosen, "num_lags", 1)
     domains = load_domains(config.data, min_length=1)
-    train = concatenate([domain.train for domain in domains])
-    spec = SpaceSpec(train.observation.shape[1], train.action.shape[1])
+    rows = concatenate([domain.train for domain in domains])
+    spec = SpaceSpec(rows.observation.shape[1], rows.action.shape[1])
     scales = fit_scales(
-        train,
+        rows,
         lags,
         anchor=getattr(chosen, "anchor", "current"),
         target=getattr(chosen, "target_scale", "standard"),
     )
     description = artifacts.describe(config.model, chosen, spec)
     learner = artifacts.build(description)
+    check_held_out(domains, lags)
+    evaluate = _validation(learner, domains, lags)
+    # Nothing may fail for its input from here on: the directory would be left behind.
     with open_run(
         config.run_dir, config, kind="train_dynamics", seed=config.seed
     ) as run:
         artifacts.write_description(run.path, description)
         key_init, key_fit = jax.random.split(jax.random.key(config.seed))
-        before = time.process_time()
         with run.stage("train"):
-            _fit(
-                run,
-                config,
-                learner,
-                learner.init(key_init, scales),
-                key_fit,
-                domains,
-                lags,
-            )
-        return _finish(run, config, domains, lags, time.process_time() - before)
+            state = learner.init(key_init, scales)
+            _fit(run, config, learner, state, key_fit, rows, evaluate)
+        return _finish(run, config, domains, lags)
 
 
 def _fit(
-    run: Run, config: Any, learner: Any, state: Any, key: Any, domains: Any, lags: int
-):
+    run: Run,
+    config: TrainDynamicsConfig,
+    learner: Any,
+    state: Any,
+    key: jax.Array,
+    rows: Dataset,
+    evaluate: Callable[..., Any],
+) -> None:
     chosen = config.chosen
+    lags = getattr(chosen, "num_lags", 1)
     rows_per_batch = chosen.batch_size * getattr(chosen, "num_members", 1)
-    train = concatenate([domain.train for domain in domains])
     run.fit(
         key,
         learner,
         state,
         lambda k, data: sample_windows(k, data, rows_per_batch, lags),
         chosen.num_steps,
-        data=jax.tree.map(jnp.asarray, train),
+        data=jax.tree.map(jnp.asarray, rows),
         chunk=min(config.chunk, chosen.num_steps),
         save_every=config.save_every,
-        evaluate=_validation(learner, domains, lags),
+        evaluate=evaluate,
         description=f"train {config.model}",
     )
 
 
-def _validation(learner: Any, domains: list[Domain], lags: int):
+def _validation(
+    learner: Any, domains: list[Domain], lags: int
+) -> Callable[[int, Any], dict[str, float]]:
     """One-step error on held-out validation rows; its negative chooses the checkpoint."""
     validation = concatenate([domain.validation for domain in domains])
     unit = pooled_unit(domains)
@@ -157,8 +171,8 @@ def _validation(learner: Any, domains: list[Domain], lags: int):
 
 
 def _finish(
-    run: Run, config: Any, domains: list[Domain], lags: int, seconds: float
-) -> Any:
+    run: Run, config: TrainDynamicsConfig, domains: list[Domain], lags: int
+) -> dict[str, Any]:
     trained = artifacts.load_run(run.path)
     measured = Measured(trained.model, trained.params, pooled_unit(domains), lags=lags)
     result = {
@@ -166,19 +180,20 @@ def _finish(
         "data": list(config.data),
         "best_step": trained.step,
         "test_rms": {d.name: measured.one_step(d.test).rms for d in domains},
-        "cpu_seconds": seconds,
+        "cpu_seconds": run.seconds("train, cpu"),
     }
-    # A resumed run keeps the cost of the start that did the work.
-    known = run.path / "result.json"
-    if known.exists() and seconds < artifacts.read_json(known)["cpu_seconds"]:
-        result["cpu_seconds"] = artifacts.read_json(known)["cpu_seconds"]
     run.write_json("result.json", result)
     for name, value in result["test_rms"].items():
         print(f"{name}: held-out one-step error {value:.4f} (pooled std of Δs)")
     return result
 
 
-if __name__ == "__main__":
-    sys.exit(
-        run_main(main, TrainDynamicsConfig, presets=PRESETS, default_preset="fast")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_main(
+        train, TrainDynamicsConfig, argv, presets=PRESETS, default_preset="fast"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
