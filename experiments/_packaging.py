@@ -110,8 +110,10 @@ in parentheses the D4RL-normalised score and its standard deviation over episode
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Made by these commands (one core; the numbers are those of one version of jax on one kind
-of processor, elsewhere the same commands give policies of other scores):
+Made by these commands, pinned to one core (`taskset -c 0`, with `OMP_NUM_THREADS=1` and
+`XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`), which gives the same policies bit for
+bit with the same versions on the same kind of processor. On several cores matrix products
+are summed in another order, and within a few thousand steps it is another policy.
 
 ```
 {commands}
