@@ -24,8 +24,9 @@ from emfuse_jax import artifacts
 from emfuse_jax.data import Dataset, concatenate, gather_history
 from emfuse_jax.dynamics import rollout
 from emfuse_jax.envs.termination import get_terminated_fn
+from emfuse_jax.policies.bc import bc, clone_config
 from emfuse_jax.policies.model_based import Imagined, ModelBasedConfig, model_based
-from emfuse_jax.policies.sac import SacConfig
+from emfuse_jax.policies.sac import SacConfig, sac
 from experiments import presets
 from experiments._measure import data_behind, load_domains, require
 from experiments._returns import (
@@ -50,8 +51,8 @@ class TrainPolicyConfig:
         terminated: module:function that says when an episode ends; empty: the env's.
         data: where rollouts start; none: the data behind the model.
         num_updates: gradient steps of the policy.
-        clone_updates: gradient steps of behaviour cloning that the actor starts from;
-            0: it starts at random.
+        clone_updates: gradient steps of behaviour cloning: the actor starts there, and the
+            clone's energy joins the critic's as a prior; 0: neither.
         penalty: subtracted from the reward per unit of uncertainty.
         cut_quantile: rollouts are cut where the uncertainty exceeds this quantile of
             it on the data; none: never.
@@ -72,7 +73,7 @@ class TrainPolicyConfig:
     terminated: str = ""
     data: tuple[str, ...] = ()
     num_updates: int = 60_000
-    clone_updates: int = 5_000
+    clone_updates: int = 0
     penalty: float = 1.0
     cut_quantile: float | None = 0.99
     unknown: Literal["truncate", "terminate"] = "terminate"
@@ -112,7 +113,6 @@ PRESETS = {
     "paper": functools.partial(
         TrainPolicyConfig,
         num_updates=3_000_000,
-        clone_updates=0,
         cut_quantile=None,
         sac=presets.sac("paper"),
         rollout=presets.model_based("paper"),
@@ -181,7 +181,10 @@ def _train(
         num_seeds=config.num_seeds,
     )
     artifacts.write_description(run.path, description)
-    policy = artifacts.build(description)
+    prior = bc(clone_config(config.sac), trained.spec).energy
+    policy = sac(
+        config.sac, trained.spec, prior_energy=prior if config.clone_updates else None
+    )
     learner = model_based(
         policy,
         rollout_fn(config, trained, dataset, terminated_fn),

@@ -92,9 +92,5 @@ def clone_config(config: SacConfig) -> BcConfig:
 
 
 def warm_start(state: SacState, clone: Params) -> SacState:
-    """Soft actor-critic's state with a clone's actor.
-
-    Its critics know nothing yet: ``SacConfig.actor_warmup_steps`` keeps the actor where it
-    is until they do.
-    """
-    return state._replace(params=state.params._replace(actor=clone))
+    """Soft actor-critic's state that starts at a clone and has it as its prior."""
+    return state._replace(params=state.params._replace(actor=clone), prior=clone)

@@ -8,6 +8,7 @@ Q-learning (``num_critics=2``) and larger ensembles take the minimum over critic
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,8 @@ class SacConfig:
         temperature_learning_rate: Adam, on the log temperature.
         discount: γ.
         target_update_rate: τ of the target critics' moving average; 1 copies.
-        target_entropy: in nats; None is minus the action size. 0 means 0.
+        target_entropy: in nats; None is minus the action size. 0 means 0. With a prior it
+            is minus the target of ``KL(π ‖ prior)``.
         init_temperature: where the learned temperature starts.
         max_temperature: upper bound of the learned temperature (1.0 in the energy
             transition model's policies); None is no bound.
@@ -89,12 +91,16 @@ class SacParams(NamedTuple):
 
 
 class SacState(NamedTuple):
-    """``optimizer_state`` has the fields of `SacParams`; ``step`` counts updates."""
+    """``optimizer_state`` has the fields of `SacParams`; ``step`` counts updates.
+
+    ``prior`` holds the parameters of the prior's energy, which are not trained.
+    """
 
     params: SacParams
     target_critic: Params
     optimizer_state: SacParams
     step: jax.Array
+    prior: Params = ()
 
 
 def critic_target(
@@ -153,8 +159,17 @@ def temperature_loss(
     return -log_temperature * jax.lax.stop_gradient(log_prob + target_entropy)
 
 
-def sac(config: SacConfig, spec: SpaceSpec) -> Policy:
+def sac(
+    config: SacConfig,
+    spec: SpaceSpec,
+    *,
+    prior_energy: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None,
+) -> Policy:
     """Soft actor-critic.
+
+    Its optimal policy is the Boltzmann law of the energy ``-Q / α``. With a prior it is that
+    of the sum ``-Q / α + E_prior``: every log-probability below is then relative to the
+    prior, and the entropy becomes ``-KL(π ‖ prior)``.
 
     ``init(key) -> SacState``; ``update(key, state, batch: Transition) -> (state,
     metrics)`` is one gradient step of the critics, the actor and the temperature on one
@@ -166,6 +181,8 @@ def sac(config: SacConfig, spec: SpaceSpec) -> Policy:
     Args:
         config: see `SacConfig`.
         spec: sizes of the spaces; actions live in [−1, 1].
+        prior_energy: ``(params, observation, action) -> -log p(action|observation)``, such
+            as a behaviour clone's; its parameters are the state's ``prior``.
 
     Returns:
         A `Policy` whose state is a `SacState`.
@@ -208,8 +225,16 @@ def sac(config: SacConfig, spec: SpaceSpec) -> Policy:
     def update(
         key: jax.Array, state: SacState, batch: Transition
     ) -> tuple[SacState, Metrics]:
+        def relative(
+            actor_params: Params, key: jax.Array, observation: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            action, log_prob = sample(actor_params, key, observation)
+            if prior_energy is not None:
+                log_prob = log_prob + prior_energy(state.prior, observation, action)
+            return action, log_prob
+
         return _update(
-            config, spec, sample, critic.apply, optimizers, key, state, batch
+            config, spec, relative, critic.apply, optimizers, key, state, batch
         )
 
     def act(
@@ -339,5 +364,6 @@ def _update(
         ),
         optimizer_state=SacParams(actor_opt, critic_opt, log_opt),
         step=state.step + 1,
+        prior=state.prior,
     )
     return new_state, metrics
