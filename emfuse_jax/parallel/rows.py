@@ -41,7 +41,9 @@ def shard_rows(
     ``fn`` is called with batches of one row (its row axes stay, with size 1) under
     ``jax.vmap``, so it needs no change but must treat rows independently: no mean over
     rows, no metrics. Call the result under ``jax.jit``. Rows that the devices cannot
-    share evenly are padded with copies of the last one, which are cut off again.
+    share evenly are padded with copies of the last one, which are cut off again. Where
+    ``fn`` draws numbers they are not those of ``fn`` itself with this key, but the same
+    on any mesh, that of one device included.
 
     Args:
         fn: for example ``model.predict``, ``model.uncertainty`` or a chain.
