@@ -4,14 +4,17 @@ Every function takes run directories and returns plain rows for `_tables` and se
 `_plots`.
 """
 
+import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from emfuse_jax import artifacts
+from experiments._returns import summarize_scores
 
 POLICY, MODEL, FUSION, DEMO = "train_policy", "train_dynamics", "fuse_dynamics", "demo"
 KINDS = (POLICY, MODEL, FUSION, DEMO)
@@ -87,6 +90,28 @@ def read_behaviours(paths: Sequence[str]) -> list[dict[str, Any]]:
     return results
 
 
+def policy_groups(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
+    """Policies by name. Runs that differ in nothing but their seed are one method."""
+    groups: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        if run.kind == POLICY:
+            config = {
+                k: v for k, v in run.config.items() if k not in ("run_dir", "seed")
+            }
+            groups.setdefault(json.dumps(config, sort_keys=True), []).append(run)
+    names = [_common_name(group) for group in groups.values()]
+    if len(set(names)) < len(names):
+        names = [str(group[0].path) for group in groups.values()]
+    return dict(zip(names, groups.values(), strict=True))
+
+
+def _common_name(runs: Sequence[RunFiles]) -> str:
+    """``fused`` for ``fused-seed0`` and ``fused-seed1``, else the first one's name."""
+    if len(runs) == 1:
+        return runs[0].name
+    return re.sub(r"[-_]?seed[-_]?\d+$", "", runs[0].name) or runs[0].name
+
+
 def return_rows(
     runs: Sequence[RunFiles], behaviours: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -94,13 +119,25 @@ def return_rows(
     rows = [
         _return_row(result["name"], "behaviour policy", result) for result in behaviours
     ]
-    for run in runs:
-        if run.kind == POLICY:
-            result = run.json("evaluation.json") or run.json("result.json")
-            model = pathlib.Path(run.config["model"]).name
-            row = _return_row(run.name, f"trained in {model}", result)
-            rows.append({**row, "model": run.config["model"]})
+    for name, group in policy_groups(runs).items():
+        model = group[0].config["model"]
+        row = _return_row(name, f"trained in {pathlib.Path(model).name}", _pool(group))
+        rows.append({**row, "model": model})
     return rows
+
+
+def _pool(group: Sequence[RunFiles]) -> dict[str, Any]:
+    """The result of one run, or of several seeds together."""
+    results = [run.json("evaluation.json") or run.json("result.json") for run in group]
+    if len(results) == 1 or "mean" not in results[0]:
+        return results[0]
+    episodes = [scores for result in results for scores in result["episodes"]]
+    if len({len(scores) for scores in episodes}) > 1:
+        raise ValueError(
+            f"the seeds {[run.name for run in group]} were evaluated on different numbers "
+            "of episodes; run evaluate on each with the same --episodes"
+        )
+    return {"env": results[0]["env"], **summarize_scores(np.array(episodes))}
 
 
 def _return_row(name: str, origin: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -188,19 +225,29 @@ def return_curves(
 ) -> dict[str, Any]:
     """For `_plots.learning_curves`: returns over training, behaviours as levels."""
     curves = {}
-    for run in runs:
-        rows = [row for row in run.metrics() if "normalized_return" in row]
-        if run.kind == POLICY and rows:
-            names = {
-                "step": "update",
-                "value": "normalized_return",
-                "low": "return_low",
-                "high": "return_high",
-            }
-            curves[run.name] = {
-                key: [row.get(name) for row in rows] for key, name in names.items()
-            }
+    for name, group in policy_groups(runs).items():
+        tables = [
+            [row for row in run.metrics() if "normalized_return" in row]
+            for run in group
+        ]
+        if all(tables):
+            curves[name] = _return_curve(tables)
     return {"curves": curves, "references": {b["name"]: b["mean"] for b in behaviours}}
+
+
+def _return_curve(tables: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """One seed with the interval of its episodes, or the mean and range of several."""
+    steps = [row["update"] for row in min(tables, key=len)]
+    if len(tables) == 1:
+        (rows,) = tables
+        low = [row.get("return_low", row["normalized_return"]) for row in rows]
+        high = [row.get("return_high", row["normalized_return"]) for row in rows]
+        values = [row["normalized_return"] for row in rows]
+    else:
+        cut = [table[: len(steps)] for table in tables]
+        returns = np.array([[row["normalized_return"] for row in t] for t in cut])
+        values, low, high = returns.mean(0), returns.min(0), returns.max(0)
+    return {"step": steps, "value": values, "low": low, "high": high}
 
 
 def validation_curves(runs: Sequence[RunFiles]) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def k_step_errors(
         path: of the PNG.
         y_label: what is measured, with its unit.
     """
+    from matplotlib import ticker
+
     figure, (axes,) = axes_grid(1, size=(6.4, 4.0))
     steps = set()
     for style, (name, curve) in by_name(data["models"]):
@@ -104,7 +106,7 @@ def k_step_errors(
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="steps ahead, with the true actions", ylabel=y_label)
     axes.set_xticks(sorted(steps), labels=[str(step) for step in sorted(steps)])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     _plain_decimals(axes.yaxis)
     axes.legend()
     return save(figure, path)
@@ -153,6 +155,8 @@ def uncertainty_against_error(
         axes.set_xlabel("uncertainty u")
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("true error (std of Δs)")
+    for axis in (grid[0].xaxis, grid[0].yaxis):
+        _plain_decimals(axis)
     return save(figure, path)
 
 
@@ -319,6 +323,7 @@ def _plain_decimals(axis: Any) -> None:
 
     low, high = axis.get_view_interval()
     if high / low < 1e3:
+        axis.set_minor_locator(ticker.NullLocator())
         axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(
             ticker.FuncFormatter(lambda value, _: f"{value:g}" if value > 0 else "")

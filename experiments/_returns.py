@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from emfuse_jax.base import Policy
@@ -67,11 +68,15 @@ def evaluate_seeds(
 
 
 def summary(returns: np.ndarray, env: str) -> dict[str, Any]:
-    """Normalised returns ``[seed, episode]`` as JSON: mean and interquartile mean, each
-    with a 95 % interval by resampling seeds, then episodes."""
-    scores = np.asarray(normalized_score(returns, reference_score(env)))
-    interval = hierarchical_bootstrap(jax.random.key(0), scores)
-    robust = hierarchical_bootstrap(jax.random.key(0), scores, iqm)
+    """`summarize_scores` of returns ``[seed, episode]``, normalised."""
+    return summarize_scores(np.asarray(normalized_score(returns, reference_score(env))))
+
+
+def summarize_scores(scores: np.ndarray) -> dict[str, Any]:
+    """Scores ``[seed, episode]`` as JSON: mean and interquartile mean, each with a 95 %
+    interval by resampling seeds, then episodes."""
+    interval = hierarchical_bootstrap(jax.random.key(0), jnp.asarray(scores))
+    robust = hierarchical_bootstrap(jax.random.key(0), jnp.asarray(scores), iqm)
     return {
         "mean": float(scores.mean()),
         "interval": [float(interval.low), float(interval.high)],

@@ -16,6 +16,7 @@ from typing import Any
 
 from emfuse_jax import artifacts
 from experiments import _flags
+from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
 
 _LOCK = ".lock"
@@ -241,6 +242,7 @@ def run_main(
         if parsed.help is not None:
             print(parsed.help)
             return 0
+        die_with_parent()
         use_compilation_cache()
         main_fn(parsed.config)
         return 0

@@ -148,7 +148,8 @@ def _return_sections(
         "D4RL-normalised returns in C MuJoCo (0: random, 100: expert). Intervals resample "
         "seeds, then episodes; with one seed they say nothing about training. Behaviour "
         "policies sample, as when they made the data; the others act deterministically "
-        "unless evaluated with --stochastic."
+        "unless evaluated with --stochastic. Bands of learning curves: the 95 % interval "
+        "over episodes of one seed, or the range of several seeds."
     ]
     return [Section("Returns", rows, columns, figures, notes)]
 

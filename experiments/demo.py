@@ -1,0 +1,208 @@
+r"""The whole job in minutes: data, experts, fusion, policies, returns, report.
+
+    python -m experiments.demo --run_dir=runs/demo
+
+Packaged behaviour policies of different age play Hopper in C MuJoCo. An any-step energy
+model (ADETM) learns from each data set alone; their energies are fused; policies learn
+inside the fusion and inside each expert, with equal updates; all are played in MuJoCo.
+Every step is one of the other commands in a process of its own, as many at a time as
+``--workers`` says, on one thread each. Rerun to resume: what is finished is not repeated.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from emfuse_jax.data.behaviour import load_behaviour
+from emfuse_jax.envs.mujoco_batch import check_environment
+from experiments._gather import DEMO
+from experiments._jobs import Job, run_jobs
+from experiments._run import open_run, run_main
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of the demo.
+
+    Attributes:
+        run_dir: where everything goes.
+        env: hopper, walker2d or halfcheetah.
+        policies: behaviour policies, packaged names or .npz files: one data set and
+            one expert each.
+        steps: rows per data set.
+        model_updates: gradient steps per expert.
+        policy_updates: gradient steps per policy.
+        episodes: per evaluation.
+        workers: processes at a time; 1 where they would share one accelerator.
+        seed: of everything.
+        model_flags: more flags for train_dynamics.
+        policy_flags: more flags for train_policy.
+    """
+
+    run_dir: str = "runs/demo"
+    env: str = "hopper"
+    policies: tuple[str, ...] = ("hopper_medium", "hopper_medium_late")
+    steps: int = 25_000
+    model_updates: int = 8_000
+    policy_updates: int = 10_000
+    episodes: int = 20
+    workers: int = 2
+    seed: int = 0
+    model_flags: tuple[str, ...] = ()
+    policy_flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1")
+        if len(self.policies) < 2:
+            raise ValueError(
+                f"policies={','.join(self.policies)}; expected at least two to fuse"
+            )
+        if len({pathlib.Path(policy).stem for policy in self.policies}) < len(
+            self.policies
+        ):
+            raise ValueError(
+                f"policies={','.join(self.policies)}; names of files must differ"
+            )
+
+
+PRESETS = {
+    "demo": DemoConfig,
+    "smoke": lambda: DemoConfig(
+        run_dir="runs/smoke",
+        steps=600,
+        model_updates=20,
+        policy_updates=20,
+        episodes=2,
+        model_flags=(
+            *("--adetm.energy_sizes=8", "--adetm.head_sizes=8", "--chunk=10"),
+            *("--adetm.state_features=8", "--adetm.batch_size=32"),
+            *("--adetm.energy_rows=8", "--adetm.num_lags=2"),
+        ),
+        policy_flags=(
+            *("--rollout.updates_per_rollout=10", "--rollout.rollout_rows=16"),
+            *("--rollout.horizon=2", "--sac.hidden_sizes=8", "--eval_every=10"),
+        ),
+    ),
+}
+"""``smoke`` runs every step and shows nothing but that they work."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Runs what is not finished yet; says where the report is, and what it found."""
+    check_environment(config.env)
+    for policy in config.policies:
+        load_behaviour(policy)
+    ignore = ("run_dir", "workers")
+    with open_run(
+        config.run_dir, config, kind=DEMO, seed=config.seed, ignore=ignore
+    ) as run:
+        folder = pathlib.Path(config.run_dir)
+        jobs = plan(config, folder)
+        with run.stage("total"):
+            run_jobs(jobs, folder, workers=config.workers, stage=run.stage)
+        seconds = run.seconds("total")
+    report = folder / "report.md"
+    print(f"\n{_tables(report.read_text(), 2)}\n")
+    print(f"{seconds / 60:.1f} minutes in all; report: {report}, {report.stem}.json")
+
+
+def plan(config: DemoConfig, folder: pathlib.Path) -> list[Job]:
+    """Every command, the ones that others wait for first."""
+    names = [pathlib.Path(policy).stem for policy in config.policies]
+    data = {name: folder / "data" / f"{name}.hdf5" for name in names}
+    behaviours = {name: folder / "behaviour" / f"{name}.json" for name in names}
+    env, episodes = f"--env={config.env}", f"--episodes={config.episodes}"
+    experts, policies, collections, evaluations = [], [], [], []
+    for index, (name, policy) in enumerate(zip(names, config.policies, strict=True)):
+        seed = f"--seed={config.seed + index}"
+        collections.append(
+            _job(
+                f"data-{name}",
+                *("collect_data", env, f"--policy={policy}", seed),
+                *(f"--steps={config.steps}", f"--out={data[name]}"),
+                makes=data[name],
+            )
+        )
+        evaluations.append(
+            _job(
+                f"behaviour-{name}",
+                *("evaluate", env, f"--policy={policy}", episodes, seed),
+                f"--out={behaviours[name]}",
+                makes=behaviours[name],
+            )
+        )
+        run_dir = folder / f"expert-{name}"
+        experts.append(
+            _job(
+                f"expert-{name}",
+                *("train_dynamics", "--preset=demo", f"--data={data[name]}", seed),
+                *(f"--run_dir={run_dir}", f"--adetm.num_steps={config.model_updates}"),
+                *config.model_flags,
+                makes=run_dir / "result.json",
+                needs=(f"data-{name}",),
+            )
+        )
+    fused = _job(
+        "fused",
+        "fuse_dynamics",
+        f"--experts={','.join(str(folder / e.name) for e in experts)}",
+        f"--run_dir={folder / 'fused'}",
+        makes=folder / "fused" / "fusion.json",
+        needs=tuple(expert.name for expert in experts),
+    )
+    for model in (fused, *experts):
+        policies.append(_policy_job(config, folder, model.name))
+    parts = [*collections, *experts, fused, *policies, *evaluations]
+    runs = [folder, *(folder / job.name for job in (*experts, fused, *policies))]
+    report = _job(
+        "report",
+        *("report", f"--runs={','.join(map(str, runs))}", f"--out={folder}"),
+        f"--behaviour={','.join(map(str, behaviours.values()))}",
+        f"--title={config.env}: fused experts against single ones",
+        makes=folder / "report.json",
+        needs=tuple(job.name for job in parts),
+    )
+    return [*parts, report]
+
+
+def _policy_job(config: DemoConfig, folder: pathlib.Path, model: str) -> Job:
+    name = f"policy-{model.removeprefix('expert-')}"
+    return _job(
+        name,
+        *("train_policy", "--preset=demo", f"--model={folder / model}"),
+        *(f"--env={config.env}", f"--run_dir={folder / name}"),
+        *(f"--num_updates={config.policy_updates}", f"--seed={config.seed}"),
+        f"--eval_episodes={config.episodes}",
+        *config.policy_flags,
+        makes=folder / name / "result.json",
+        needs=(model,),
+    )
+
+
+def _job(
+    name: str,
+    command: str,
+    *flags: str,
+    makes: pathlib.Path,
+    needs: tuple[str, ...] = (),
+) -> Job:
+    return Job(name, (f"experiments.{command}", *flags), makes, needs)
+
+
+def _tables(markdown: str, count: int) -> str:
+    """The first tables of a report, with their headings."""
+    sections = markdown.split("\n## ")[1 : count + 1]
+    lines = [line for s in sections for line in ["", *s.splitlines()]]
+    headings = {section.splitlines()[0] for section in sections}
+    return "\n".join(x for x in lines if not x or x[0] == "|" or x in headings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return run_main(demo, DemoConfig, argv, presets=PRESETS, default_preset="demo")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
