@@ -147,10 +147,11 @@ class Dynamics(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """``init(example) -> state``, ``add(state, batch) -> state``, ``sample(key, state)``."""
+    """``init(example) -> state``, ``add(state, batch, *, valid=None) -> state``,
+    ``sample(key, state) -> batch``; rows that are not ``valid`` are not stored."""
 
     init: Callable[[Any], State]
-    add: Callable[[State, Any], State]
+    add: Callable[..., State]
     sample: Callable[[jax.Array, State], Any]
 
 

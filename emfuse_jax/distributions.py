@@ -44,7 +44,8 @@ def sample_and_log_prob(
     """
     # distrax draws with a leading axis of one and adds it to the mean.
     with jax.numpy_rank_promotion("allow"):
-        return _tanh_normal(mean, log_std).sample_and_log_prob(seed=key)
+        action, log_prob = _tanh_normal(mean, log_std).sample_and_log_prob(seed=key)
+    return jnp.asarray(action), jnp.asarray(log_prob)
 
 
 def log_prob(
@@ -55,7 +56,7 @@ def log_prob(
     """Log-density of a recorded action, clipped to ±`ACTION_LIMIT` first."""
     action = jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT)
     with jax.numpy_rank_promotion("allow"):
-        return _tanh_normal(mean, log_std).log_prob(action)
+        return jnp.asarray(_tanh_normal(mean, log_std).log_prob(action))
 
 
 def mode(mean: Float[Array, "*batch act"]) -> Float[Array, "*batch act"]:

@@ -89,6 +89,21 @@ class Expert(NamedTuple):
     feature_size: int
 
 
+def newest_lags(history: History, num_lags: int) -> History:
+    """The ``num_lags`` newest steps: models of several lengths can read one history.
+
+    Raises:
+        ValueError: if the history is shorter.
+    """
+    length = history.valid.shape[0]
+    if length < num_lags:
+        raise ValueError(
+            f"the history has {length} lags, the model reads num_lags={num_lags}; gather "
+            f"windows of at least {num_lags} (short episodes are masked by `valid`)"
+        )
+    return jax.tree.map(lambda leaf: leaf[:num_lags], history)
+
+
 def make_slices(history: History, anchor: Anchor) -> Slices:
     """The slices of a history, longest last; ``num_lags`` of them."""
     num_lags, batch = history.valid.shape[0], history.valid.shape[1:]
@@ -179,7 +194,8 @@ def fit_scales(
             observation=fit_normalizer(observation, kind="standard"),
             action=fit_normalizer(np.asarray(dataset.action), kind="standard"),
             target=Normalizer(
-                *(np.stack(leaves) for leaves in zip(*targets, strict=True))
+                jnp.stack([target.mean for target in targets]),
+                jnp.stack([target.scale for target in targets]),
             ),
         ),
     )

@@ -23,12 +23,12 @@ References:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from emfuse_jax.base import Dynamics, Metrics, Network, Params, SpaceSpec
 from emfuse_jax.data.normalizer import apply as normalize
@@ -40,6 +40,7 @@ from emfuse_jax.dynamics.base import (
     Scales,
     Slices,
     make_slices,
+    newest_lags,
     pack_target,
     pick_slice,
 )
@@ -196,6 +197,7 @@ def contrastive_dynamics(
         key: jax.Array, state: ContrastiveState, batch: Batch
     ) -> tuple[ContrastiveState, Metrics]:
         key_slice, key_loss = jax.random.split(key)
+        batch = batch._replace(history=newest_lags(batch.history, num_lags))
         rows = training_rows(key_slice, batch, anchor, config.newest_probability)
 
         def objective(trained: tuple[Params, ...]) -> tuple[jax.Array, Metrics]:
@@ -206,7 +208,7 @@ def contrastive_dynamics(
         updates, optimizer_state = optimizer.update(
             grads, state.optimizer, tuple(state.params[1:])
         )
-        trained = optax.apply_updates(tuple(state.params[1:]), updates)
+        trained: Any = optax.apply_updates(tuple(state.params[1:]), updates)
         params = ContrastiveParams(state.params.scales, *trained)
         return ContrastiveState(params, optimizer_state, state.step + 1), metrics
 
@@ -218,7 +220,7 @@ class Rows(NamedTuple):
 
     anchor: Float[Array, "batch obs"]
     action: Float[Array, "batch lag act"]
-    lags: Float[Array, "batch lag"]
+    lags: Bool[Array, "batch lag"]
     target: Float[Array, "batch dim"]
 
 
@@ -267,6 +269,8 @@ def _expert(
 
     def init(key: jax.Array, scales: Scales) -> ContrastiveParams:
         _check_scales(scales, spec, num_lags)
+        # A copy: the caller keeps its scales when a training loop donates the state.
+        scales = jax.tree.map(jnp.array, scales)
         key_encoder, key_head, key_energy = jax.random.split(key, 3)
         example = (
             jnp.zeros((1, spec.observation_size)),

@@ -77,6 +77,8 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
     )
 
     def init(key: jax.Array, scales: Scales) -> EnsembleState:
+        # A copy: the caller keeps its scales when a training loop donates the state.
+        scales = jax.tree.map(jnp.array, scales)
         example = jnp.zeros((1, spec.observation_size + spec.action_size))
         keys = jax.random.split(key, config.num_members)
         members = jax.vmap(net.init, in_axes=(0, None))(keys, example)
@@ -106,6 +108,11 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
         del key
         scales, members = state.params
         observation, action = batch.history.observation[0], batch.history.action[0]
+        if observation.shape[0] % config.num_members:
+            raise ValueError(
+                f"a batch of {observation.shape[0]} windows does not divide among "
+                f"num_members={config.num_members}; sample num_members * batch_size"
+            )
         target = normalize(
             jax.tree.map(lambda leaf: leaf[0], scales.target),
             pack_target(observation, batch.next_observation, batch.reward),

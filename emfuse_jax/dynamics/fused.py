@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emfuse_jax.base import (
+    EnergyFn,
     History,
     Params,
     Prediction,
@@ -35,6 +36,7 @@ from emfuse_jax.dynamics.base import (
     Expert,
     Slices,
     make_slices,
+    newest_lags,
     pack_target,
     pick_slice,
 )
@@ -117,6 +119,9 @@ class _Members(NamedTuple):
     encode: Callable[[Params, Slices], Encoded]
     prepare: Callable[[Params, Encoded], Any]
     energies: Callable[[Params, Any, jax.Array], Float[Array, "model *batch"]]
+    """Of one target ``[*batch, dim]`` for all experts."""
+    own_energies: Callable[[Params, Any, Any], Float[Array, "model *batch"]]
+    """Of a target for each expert, ``[model, *batch, dim]``."""
     unit: Callable[[Params], Float[Array, "obs"]]
     first: Expert
 
@@ -153,13 +158,22 @@ def fuse_dynamics(
             proposal and `ETM_SAMPLING` for those without.
 
     Raises:
-        ValueError: if constant weights are negative, do not sum to one or are not one per
-            model, or if the models' lags, anchors or regions differ.
+        ValueError: if there is no model or one without an energy, if constant weights are
+            negative, do not sum to one or are not one per model, or if the models' lags,
+            anchors or regions differ.
     """
     stacked = isinstance(models, TransitionModel)
     experts = [
         m.expert for m in ([models] if isinstance(models, TransitionModel) else models)
     ]
+    if not experts:
+        raise ValueError("fuse_dynamics got no models; expected at least one")
+    for index, expert in enumerate(experts):
+        if expert is None:
+            raise ValueError(
+                f"model {index} has no energy of its own to fuse; give models of etm or "
+                "adetm"
+            )
     for index, expert in enumerate(experts):
         ours, first = ((e.num_lags, e.anchor, e.region) for e in (expert, experts[0]))
         if ours != first:
@@ -185,7 +199,9 @@ def transition_model(expert: Expert, sampling: SamplingConfig) -> TransitionMode
     model = _fused_model(members, uniform_weights, sampling)
     return TransitionModel(
         predict=lambda params, key, history: model.predict((params,), key, history),
-        energy=lambda params, *args: model.energy((params,), *args),
+        energy=lambda params, history, next_observation, reward: model.energy(
+            (params,), history, next_observation, reward
+        ),
         uncertainty=lambda params, history: model.uncertainty((params,), history),
         expert=expert,
     )
@@ -196,6 +212,7 @@ def _stacked(expert: Expert) -> _Members:
         encode=jax.vmap(expert.encode, in_axes=(0, None)),
         prepare=jax.vmap(expert.prepare),
         energies=jax.vmap(expert.energy, in_axes=(0, 0, None)),
+        own_energies=jax.vmap(expert.energy),
         unit=lambda params: jnp.mean(jax.vmap(expert.unit)(params), axis=0),
         first=expert,
     )
@@ -219,15 +236,18 @@ def _listed(experts: Sequence[Expert]) -> _Members:
             for e, p, row in zip(experts, params, rows, strict=True)
         )
 
+    def own_energies(params: Params, conditions: Any, targets: Any) -> jax.Array:
+        rows = zip(experts, params, conditions, targets, strict=True)
+        return jnp.stack([e.energy(p, condition, y) for e, p, condition, y in rows])
+
     def energies(params: Params, conditions: Any, target: jax.Array) -> jax.Array:
-        rows = zip(experts, params, conditions, strict=True)
-        return jnp.stack([e.energy(p, condition, target) for e, p, condition in rows])
+        return own_energies(params, conditions, [target] * len(experts))
 
     def unit(params: Params) -> jax.Array:
         units = [e.unit(p) for e, p in zip(experts, params, strict=True)]
         return jnp.mean(jnp.stack(units), axis=0)
 
-    return _Members(encode, prepare, energies, unit, experts[0])
+    return _Members(encode, prepare, energies, own_energies, unit, experts[0])
 
 
 def _pad_last(x: jax.Array, width: int) -> jax.Array:
@@ -240,12 +260,13 @@ def _fused_model(
     expert = members.first
 
     def fuse(params: Params, history: History) -> FusedSlices:
-        slices = make_slices(history, expert.anchor)
+        slices = make_slices(newest_lags(history, expert.num_lags), expert.anchor)
         return fuse_slices(params, slices, members, weight_fn, sampling)
 
     def spread(params: Params, fused: FusedSlices) -> Float[Array, "*batch"]:
         target = fused.start
-        if sampling.uncertainty_steps:
+        # One slice agrees with itself: its chains would run for nothing.
+        if sampling.uncertainty_steps and len(target) > 1:
             quiet = dataclasses.replace(sampling, noise=0.0)
             key = jax.random.key(0)  # without noise the chain draws nothing from it
             target = descend(
@@ -281,11 +302,17 @@ def _fused_model(
             pack_target(newest.anchor, next_observation, reward),
         )
 
+    def refuse(params: Params, slices: Slices) -> Encoded:
+        del params, slices
+        raise ValueError(
+            "a fusion cannot be fused again; fuse all of its members at once"
+        )
+
     return TransitionModel(
         predict,
         energy,
         lambda params, history: spread(params, fuse(params, history)),
-        expert,
+        expert._replace(encode=refuse),
     )
 
 
@@ -305,7 +332,8 @@ def fuse_slices(
         return historical_slice_uncertainty(following, where=slices.valid, unit=unit)
 
     own = encoded.start
-    if members.first.region == "box":
+    chains = members.first.region == "box" and sampling.num_steps > 0
+    if chains and len(slices.valid) > 1:
         own = _own_modes(params, slices, encoded, members, sampling)
     weights = weight_fn(jax.vmap(own_spread)(own))
     per_row = weights[:, None, ..., None]
@@ -327,24 +355,28 @@ def _own_modes(
     """What each expert predicts alone, by its own chains: without a proposal nothing less
     tells how its slices differ. Rules that ignore uncertainties pay nothing for it, since
     the compiler drops what is not used."""
-    num_models = encoded.start.shape[0]
-    quiet = dataclasses.replace(sampling, noise=0.0)
+    lead = slices.valid.shape
+    rows = jax.tree.map(lambda leaf: _rows_first(leaf, 1, len(lead)), encoded)
 
-    def alone(index: int) -> jax.Array:
-        shape = (num_models, *slices.valid.shape[1:])
-        only = jnp.zeros(shape).at[index].set(1.0)
-        fused = FusedSlices(
-            slices.anchor,
-            encoded.start[index],
-            encoded.scale[index],
-            encoded,
-            only,
-            slices.valid,
-        )
-        key = jax.random.key(0)  # without noise the chain draws nothing from it
-        return descend(key, params, fused, members, quiet, quiet.num_steps)
+    def make_sampler(row: Encoded) -> Sampler:
+        prepared = members.prepare(params, row)
 
-    return jnp.stack([alone(index) for index in range(num_models)])
+        def energies(z: Float[Array, "model dim"]) -> Float[Array, "model"]:
+            return members.own_energies(params, prepared, row.start + row.scale * z)
+
+        quiet = dataclasses.replace(sampling, noise=0.0)
+        return _chain(energies, quiet, sampling.num_steps)
+
+    z, _ = run_chains(
+        jax.random.key(0),  # without noise the chain draws nothing from it
+        make_sampler,
+        jnp.zeros_like(rows.start),
+        sampling.num_steps,
+        condition=rows,
+        block_rows=sampling.block_rows,
+    )
+    modes = jnp.moveaxis(rows.start + rows.scale * z, 1, 0)
+    return modes.reshape(len(modes), *lead, -1)
 
 
 def at_slice(fused: FusedSlices, index: Int[Array, "*batch"]) -> FusedSlices:
@@ -387,16 +419,11 @@ def descend(
         (fused.weights.shape[0], *lead),
     )
 
-    def rows_first(leaf: jax.Array, axis: int) -> jax.Array:
-        # [model, *lead, …] -> [rows, model, …]
-        flat = leaf.reshape((*leaf.shape[:axis], -1, *leaf.shape[axis + len(lead) :]))
-        return jnp.moveaxis(flat, axis, 0)
-
     condition = (
-        rows_first(fused.start, 0),
-        rows_first(fused.scale, 0),
-        rows_first(weights, 1),
-        jax.tree.map(lambda leaf: rows_first(leaf, 1), fused.members),
+        _rows_first(fused.start, 0, len(lead)),
+        _rows_first(fused.scale, 0, len(lead)),
+        _rows_first(weights, 1, len(lead)),
+        jax.tree.map(lambda leaf: _rows_first(leaf, 1, len(lead)), fused.members),
     )
 
     def make_sampler(row: Any) -> Sampler:
@@ -409,16 +436,7 @@ def descend(
                 members.energies(params, prepared, target), row_weights
             )
 
-        return etm_langevin(
-            energy,
-            num_steps,
-            first=sampling.first,
-            last=sampling.last,
-            noise=sampling.noise,
-            drift_clip=sampling.drift_clip,
-            step_clip=sampling.step_clip,
-            bounds=(-sampling.margin, sampling.margin),
-        )
+        return _chain(energy, sampling, num_steps)
 
     origin = jnp.zeros_like(condition[0])
     z, _ = run_chains(
@@ -430,6 +448,26 @@ def descend(
         block_rows=sampling.block_rows,
     )
     return (condition[0] + condition[1] * z).reshape(*lead, -1)
+
+
+def _chain(energy: EnergyFn, sampling: SamplingConfig, num_steps: int) -> Sampler:
+    """The configured chain in coordinates where the start is 0 and the scale 1."""
+    return etm_langevin(
+        energy,
+        num_steps,
+        first=sampling.first,
+        last=sampling.last,
+        noise=sampling.noise,
+        drift_clip=sampling.drift_clip,
+        step_clip=sampling.step_clip,
+        bounds=(-sampling.margin, sampling.margin),
+    )
+
+
+def _rows_first(leaf: jax.Array, axis: int, num_axes: int) -> jax.Array:
+    """Flattens ``num_axes`` axes from ``axis`` on and puts them in front."""
+    flat = leaf.reshape((*leaf.shape[:axis], -1, *leaf.shape[axis + num_axes :]))
+    return jnp.moveaxis(flat, axis, 0)
 
 
 def _choose_slice(

@@ -51,6 +51,11 @@ def fixed_weights(weights: Float[Array, "model"]):
     """A `WeightFn` of constants; that they sum to one is checked where experts are fused."""
 
     def weight_fn(uncertainty: jax.Array) -> jax.Array:
+        if weights.shape[0] != uncertainty.shape[0]:
+            raise ValueError(
+                f"{weights.shape[0]} weights for {uncertainty.shape[0]} experts; give "
+                "one weight per expert"
+            )
         shape = (weights.shape[0],) + (1,) * (uncertainty.ndim - 1)
         return jnp.broadcast_to(weights.reshape(shape), uncertainty.shape)
 

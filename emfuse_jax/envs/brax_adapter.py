@@ -46,7 +46,9 @@ def brax_environment(
         raise ValueError(f"backend={backend!r}; known: {', '.join(BACKENDS)}")
     known = sorted(envs._envs)
     if name not in known:
-        raise ValueError(f"unknown brax environment {name!r}; known: {', '.join(known)}")
+        raise ValueError(
+            f"unknown brax environment {name!r}; known: {', '.join(known)}"
+        )
     env = envs.get_environment(name, backend=backend, **options)
 
     def reset(key: jax.Array) -> tuple[Any, jax.Array]:

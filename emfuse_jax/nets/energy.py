@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -63,10 +64,11 @@ def conditional_energy(
     if not hidden_sizes:
         raise ValueError("conditional_energy needs at least one hidden size, got none")
     module = _ConditionalEnergy(tuple(hidden_sizes), activation)
-    return EnergyNetwork(
-        module.init,
-        lambda params, condition: module.apply(params, condition, method="project"),
-        lambda params, projected, target: module.apply(
-            params, projected, target, method="energy"
-        ),
-    )
+
+    def project(params: Params, condition: jax.Array) -> jax.Array:
+        return jnp.asarray(module.apply(params, condition, method="project"))
+
+    def energy(params: Params, projected: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.asarray(module.apply(params, projected, target, method="energy"))
+
+    return EnergyNetwork(module.init, project, energy)

@@ -54,7 +54,8 @@ def bc(config: BcConfig, spec: SpaceSpec) -> Policy:
         return BcState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def energy(params: Params, observation: jax.Array, action: jax.Array) -> jax.Array:
-        return -distributions.log_prob(*actor.apply(params, observation), action)
+        mean, log_std = actor.apply(params, observation)
+        return -distributions.log_prob(mean, log_std, action)
 
     def update(
         key: jax.Array, state: BcState, batch: Transition

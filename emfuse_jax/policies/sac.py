@@ -30,8 +30,6 @@ class SacConfig:
         actor_learning_rate: Adam.
         actor_decay_steps: anneal the actor's rate to 0 along a cosine over this many
             updates; None keeps it constant.
-        actor_warmup_steps: first updates in which actor and temperature stay as they
-            are while the critics learn what that policy is worth (for a cloned actor).
         critic_learning_rate: Adam.
         temperature_learning_rate: Adam, on the log temperature.
         discount: γ.
@@ -50,7 +48,6 @@ class SacConfig:
     hidden_sizes: tuple[int, ...] = (256, 256)
     actor_learning_rate: float = 3e-4
     actor_decay_steps: int | None = None
-    actor_warmup_steps: int = 0
     critic_learning_rate: float = 3e-4
     temperature_learning_rate: float = 3e-4
     discount: float = 0.99
@@ -90,15 +87,23 @@ class SacParams(NamedTuple):
     log_temperature: Float[Array, ""]
 
 
+class SacParts(NamedTuple):
+    """Something for each of the fields of `SacParams`: an optimiser, or its state."""
+
+    actor: Any
+    critic: Any
+    log_temperature: Any
+
+
 class SacState(NamedTuple):
-    """``optimizer_state`` has the fields of `SacParams`; ``step`` counts updates.
+    """``step`` counts updates.
 
     ``prior`` holds the parameters of the prior's energy, which are not trained.
     """
 
     params: SacParams
     target_critic: Params
-    optimizer_state: SacParams
+    optimizer_state: SacParts
     step: jax.Array
     prior: Params = ()
 
@@ -209,7 +214,7 @@ def sac(
         return SacState(
             params=params,
             target_critic=jax.tree.map(jnp.copy, params.critic),
-            optimizer_state=SacParams(
+            optimizer_state=SacParts(
                 *(tx.init(p) for tx, p in zip(optimizers, params, strict=True))
             ),
             step=jnp.zeros((), jnp.int32),
@@ -255,31 +260,22 @@ def sac(
     def energy(
         params: SacParams, observation: jax.Array, action: jax.Array
     ) -> jax.Array:
-        return -distributions.log_prob(*actor.apply(params.actor, observation), action)
+        mean, log_std = actor.apply(params.actor, observation)
+        return -distributions.log_prob(mean, log_std, action)
 
     return Policy(init=init, update=update, act=act, energy=energy)
 
 
-def _optimizers(config: SacConfig) -> SacParams:
-    """One Adam per part; the actor's rate may wait and decay."""
+def _optimizers(config: SacConfig) -> SacParts:
+    """One Adam per part; the actor's rate may decay."""
     actor_rate: Any = config.actor_learning_rate
-    temperature_rate: Any = config.temperature_learning_rate
     if config.actor_decay_steps is not None:
         actor_rate = optax.cosine_decay_schedule(actor_rate, config.actor_decay_steps)
-    if config.actor_warmup_steps:
-        actor_rate = _after(actor_rate, config.actor_warmup_steps)
-        temperature_rate = _after(temperature_rate, config.actor_warmup_steps)
-    return SacParams(
+    return SacParts(
         actor=optax.adam(actor_rate),
         critic=optax.adam(config.critic_learning_rate),
-        log_temperature=optax.adam(temperature_rate),
+        log_temperature=optax.adam(config.temperature_learning_rate),
     )
-
-
-def _after(rate: float | optax.Schedule, num_steps: int) -> optax.Schedule:
-    """0 for ``num_steps``, then ``rate`` from its start."""
-    schedule = rate if callable(rate) else optax.constant_schedule(rate)
-    return optax.join_schedules([optax.constant_schedule(0.0), schedule], [num_steps])
 
 
 def _update(
@@ -287,7 +283,7 @@ def _update(
     spec: SpaceSpec,
     sample: Any,
     apply_critic: Any,
-    optimizers: SacParams,
+    optimizers: SacParts,
     key: jax.Array,
     state: SacState,
     batch: Transition,
@@ -362,7 +358,7 @@ def _update(
         target_critic=optax.incremental_update(
             new_critic, state.target_critic, config.target_update_rate
         ),
-        optimizer_state=SacParams(actor_opt, critic_opt, log_opt),
+        optimizer_state=SacParts(actor_opt, critic_opt, log_opt),
         step=state.step + 1,
         prior=state.prior,
     )
