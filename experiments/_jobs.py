@@ -140,9 +140,10 @@ class _Running:
         self._reader.start()
 
     def _copy(self) -> None:
-        assert self._process.stdout is not None
-        with self._log_path.open("a") as log:
-            for line in self._process.stdout:
+        output = self._process.stdout
+        assert output is not None
+        with self._log_path.open("a") as log, output:
+            for line in output:
                 log.write(line)
                 log.flush()
                 print(f"[{self.job.name}] {line}", end="", file=sys.stderr, flush=True)
@@ -163,4 +164,5 @@ class _Running:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._reader.join()
         self._clock.close()

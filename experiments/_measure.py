@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emfuse_jax import artifacts
-from emfuse_jax.base import TransitionModel
+from emfuse_jax.base import SpaceSpec, TransitionModel
 from emfuse_jax.data import (
     Dataset,
     concatenate,
@@ -62,6 +62,21 @@ def load_domains(
         domains.append(Domain(str(source), *parts))
     concatenate([domain.test for domain in domains])  # refuses sizes that differ
     return domains
+
+
+def check_sizes(domains: Sequence[Domain], spec: SpaceSpec, model: str) -> None:
+    """Refuses data sets of other sizes than those that ``model`` was trained on.
+
+    Raises:
+        ValueError: naming the data set and both sizes.
+    """
+    for domain in domains:
+        sizes = domain.train.observation.shape[1], domain.train.action.shape[1]
+        if sizes != tuple(spec):
+            raise ValueError(
+                f"{domain.name} has observation and action sizes {sizes}, {model} was "
+                f"trained on {tuple(spec)}; give data of one environment"
+            )
 
 
 def data_behind(runs: Sequence[str]) -> tuple[str, ...]:

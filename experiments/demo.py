@@ -45,7 +45,7 @@ class DemoConfig:
     policies: tuple[str, ...] = ("hopper_medium", "hopper_medium_late")
     steps: int = 25_000
     model_updates: int = 8_000
-    policy_updates: int = 10_000
+    policy_updates: int = 40_000
     episodes: int = 20
     workers: int = 2
     seed: int = 0
@@ -192,11 +192,12 @@ def _job(
 
 
 def _tables(markdown: str, count: int) -> str:
-    """The first tables of a report, with their headings."""
-    sections = markdown.split("\n## ")[1 : count + 1]
-    lines = [line for s in sections for line in ["", *s.splitlines()]]
-    headings = {section.splitlines()[0] for section in sections}
-    return "\n".join(x for x in lines if not x or x[0] == "|" or x in headings)
+    """The first tables of a report, under their headings."""
+    parts = []
+    for section in markdown.split("\n## ")[1 : count + 1]:
+        heading, *lines = section.splitlines()
+        parts += ["\n".join([heading, "", *(x for x in lines if x.startswith("|"))])]
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from experiments._measure import (
     Domain,
     Measured,
     check_held_out,
+    check_sizes,
     data_behind,
     load_domains,
     pooled_unit,
@@ -80,6 +81,8 @@ def fuse(config: FuseDynamicsConfig) -> dict[str, Any]:
     }
     lags = rules["uniform"].expert.num_lags
     domains = load_domains(config.data or data_behind(config.experts), min_length=1)
+    first, expert = next(iter(experts.items()))
+    check_sizes(domains, expert.spec, first)
     check_held_out(domains, lags)
     with open_run(config.run_dir, config, kind="fuse_dynamics") as run:
         artifacts.write_description(run.path, description)

@@ -116,7 +116,7 @@ def train(config: TrainDynamicsConfig) -> dict[str, Any]:
         artifacts.write_description(run.path, description)
         key_init, key_fit = jax.random.split(jax.random.key(config.seed))
         with run.stage("train"):
-            state = learner.init(key_init, scales)
+            state = jax.jit(learner.init)(key_init, scales)
             _fit(run, config, learner, state, key_fit, rows, evaluate)
         return _finish(run, config, domains, lags)
 

@@ -28,7 +28,7 @@ from emfuse_jax.policies.bc import bc, clone_config
 from emfuse_jax.policies.model_based import Imagined, ModelBasedConfig, model_based
 from emfuse_jax.policies.sac import SacConfig, sac
 from experiments import presets
-from experiments._measure import data_behind, load_domains, require
+from experiments._measure import check_sizes, data_behind, load_domains, require
 from experiments._returns import (
     compiled_act,
     evaluate_seeds,
@@ -102,8 +102,8 @@ class TrainPolicyConfig:
 
 PRESETS = {
     "demo": lambda: TrainPolicyConfig(
-        num_updates=10_000,
-        eval_every=2_000,
+        num_updates=40_000,
+        eval_every=4_000,
         sac=presets.sac("demo"),
         rollout=presets.model_based("demo"),
     ),
@@ -147,12 +147,8 @@ def train(config: TrainPolicyConfig) -> dict[str, Any]:
             f"{trained.spec}; name the environment of the data"
         )
     domains = load_domains(config.data or data_behind([config.model]), min_length=1)
+    check_sizes(domains, trained.spec, config.model)
     dataset = concatenate([domain.train for domain in domains])
-    if (dataset.observation.shape[1], dataset.action.shape[1]) != trained.spec:
-        raise ValueError(
-            f"the data have sizes {(dataset.observation.shape[1], dataset.action.shape[1])}, "
-            f"{config.model} was trained on {tuple(trained.spec)}"
-        )
     dataset = jax.tree.map(jnp.asarray, dataset)
     if env is None:
         print(_skipped(config.env), file=sys.stderr)
@@ -191,12 +187,8 @@ def _train(
         config.rollout,
         trained.spec,
     )
-    keys = [
-        jax.random.split(jax.random.key(config.seed + i))
-        for i in range(config.num_seeds)
-    ]
-    key_init, key_fit = jnp.stack([k[0] for k in keys]), jnp.stack([k[1] for k in keys])
     one = config.num_seeds == 1
+    key_init, key_fit = _keys(config.seed, config.num_seeds)
 
     def init(key: jax.Array, data: Dataset) -> Any:
         state = learner.init(key)
@@ -247,6 +239,17 @@ def _train(
             description="train policy",
         )
     return _finish(run, evaluated=env is not None)
+
+
+def _keys(seed: int, num_seeds: int) -> tuple[jax.Array, jax.Array]:
+    """Of the initial state and of the training, ``[seed]``: each seed's are those that it
+    would have alone."""
+
+    def split(seed: jax.Array) -> jax.Array:
+        return jax.random.split(jax.random.key(seed))
+
+    keys = jax.vmap(split)(seed + jnp.arange(num_seeds))
+    return keys[:, 0], keys[:, 1]
 
 
 def rollout_fn(
