@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks._report import portable
 from emfuse_jax import artifacts
 from emfuse_jax.data.behaviour import behaviour_act, load_behaviour
 from emfuse_jax.envs.mujoco_batch import MujocoBatch
@@ -144,7 +145,7 @@ def compare(config: ControlConfig) -> dict[str, Any]:
     }
     path = pathlib.Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(path, result)
+    artifacts.write_json(path, portable(result))
     for name, entry in table.items():
         low, high = entry["interval"]
         print(f"{name}: {entry['mean']:.1f} [{low:.1f}, {high:.1f}]", flush=True)

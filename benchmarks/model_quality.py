@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import _quality as quality
 from benchmarks._quality import Model
+from benchmarks._report import portable
 from emfuse_jax import artifacts, loops
 from emfuse_jax.base import SpaceSpec
 from emfuse_jax.data import concatenate
@@ -335,7 +336,7 @@ def main(config: QualityConfig) -> None:
         }
         path = pathlib.Path(config.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(path, result)
+        artifacts.write_json(path, portable(result))
         for name, value in result["summary"].items():
             print(f"{name}: {value}", flush=True)
 
