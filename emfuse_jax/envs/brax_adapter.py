@@ -57,7 +57,10 @@ def brax_environment(
 
     def step(key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Transition]:
         del key  # brax's dynamics are deterministic
-        following = env.step(state, action)
+        # Some environments reward with a Python number, which is no leaf of a scan.
+        following = jax.tree.map(
+            lambda new, old: jnp.asarray(new, old.dtype), env.step(state, action), state
+        )
         terminated = following.done > 0.5
         transition = Transition(
             observation=state.obs,
