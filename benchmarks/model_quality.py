@@ -55,6 +55,7 @@ class QualityConfig:
         data: one HDF5 file per domain.
         seconds: CPU time per model.
         seeds: of weights and batches.
+        baselines: train the ensembles and the Langevin models as well.
         work: where trained models are kept.
         out: the JSON result.
     """
@@ -62,6 +63,7 @@ class QualityConfig:
     data: tuple[str, ...] = ()
     seconds: float = 40.0
     seeds: tuple[int, ...] = (0, 1, 2)
+    baselines: bool = True
     work: str = "runs/model_quality"
     out: str = "benchmarks/results/model_quality.json"
 
@@ -160,12 +162,18 @@ def study(config: QualityConfig, seed: int, domains: list[Domain]) -> dict[str, 
     per_domain = [(i, domain.train) for i, domain in enumerate(domains)]
     experts = [make(f"expert-{i}", "adetm", adetm, d) for i, d in per_domain]
     mlps = [make(f"mlp-{i}", "ensemble", mlp, d) for i, d in per_domain]
-    fives = [
-        make(f"ensemble-{i}", "ensemble", EnsembleConfig(), d) for i, d in per_domain
-    ]
-    chains = [make(f"langevin-{i}", "adetm", langevin, d) for i, d in per_domain]
-    quick = dataclasses.replace(ETM_SAMPLING, uncertainty_steps=0)
-    chains = [Model(transition_model(c.model.expert, quick), c.params) for c in chains]
+    fives: list[Model] = []
+    chains: list[Model] = []
+    if config.baselines:
+        fives = [
+            make(f"ensemble-{i}", "ensemble", EnsembleConfig(), d)
+            for i, d in per_domain
+        ]
+        chains = [make(f"langevin-{i}", "adetm", langevin, d) for i, d in per_domain]
+        quick = dataclasses.replace(ETM_SAMPLING, uncertainty_steps=0)
+        chains = [
+            Model(transition_model(c.model.expert, quick), c.params) for c in chains
+        ]
     oracle = make("oracle-1", "adetm", adetm, union)
     oracle_all = make("oracle-n", "adetm", adetm, union, float(len(domains)))
 
@@ -243,23 +251,26 @@ def _likelihoods(
 ) -> dict[str, Any]:
     one = jnp.ones((1, 150))
     weights = jnp.full((len(experts), 150), 1.0 / len(experts))
-    rows: dict[str, Any] = {"head": [], "proposal": [], "langevin": [], "fused": []}
+    rows: dict[str, Any] = {"head": [], "proposal": [], "fused": []}
+    if chains:
+        rows["langevin"] = []
     for index, domain in enumerate(domains):
         own = experts[index]
         rows["head"].append(quality.head_nll(own, domain, unit, LAGS))
         rows["proposal"].append(quality.nll(own, [own], one, domain, unit, LAGS))
-        # The energy of the chains spreads over its box; the head's part would miss that.
-        wide = quality.nll(
-            chains[index],
-            [own],
-            one,
-            domain,
-            unit,
-            LAGS,
-            draws=20_000,
-            scales=(1.0, 8.0, 64.0),
-        )
-        rows["langevin"].append(wide)
+        if chains:
+            # The energy of the chains spreads over its box; the head's part would miss that.
+            wide = quality.nll(
+                chains[index],
+                [own],
+                one,
+                domain,
+                unit,
+                LAGS,
+                draws=20_000,
+                scales=(1.0, 8.0, 64.0),
+            )
+            rows["langevin"].append(wide)
         fused = _fused(experts, uncertainty_weights())
         rows["fused"].append(quality.nll(fused, experts, weights, domain, unit, LAGS))
     return rows
@@ -284,32 +295,30 @@ def _uncertainty(
     sigma = [[quality.head_spread(e, d.test, LAGS) for d in domains] for e in experts]
     for i, expert in enumerate(experts):
         inside, outside = parts(one_step(with_steps(expert, 0)), [i])
-        scores = {
-            "head_sigma": parts(sigma[i], [i]),
-            "ensemble_spread": parts([row.uncertainty for row in spreads[i]], [i]),
-        }
+        scores = {"head_sigma": parts(sigma[i], [i])}
+        if fives:
+            spread = [row.uncertainty for row in spreads[i]]
+            scores["ensemble_spread"] = parts(spread, [i])
         single.append(quality.rankings(inside, outside, scores))
     for pair in itertools.combinations(range(n), n - 1):
         model = _fused([experts[i] for i in pair], uncertainty_weights())
         inside, outside = parts(one_step(model), list(pair))
+        values = {"head_sigma": [sigma[i] for i in pair]}
+        if fives:
+            values["ensemble_spread"] = [
+                [row.uncertainty for row in spreads[i]] for i in pair
+            ]
         scores = {
             name: parts(
-                [np.mean(rows, axis=0) for rows in zip(*values, strict=True)],
-                list(pair),
+                [np.mean(rows, axis=0) for rows in zip(*value, strict=True)], list(pair)
             )
-            for name, values in {
-                "head_sigma": [sigma[i] for i in pair],
-                "ensemble_spread": [[r.uncertainty for r in spreads[i]] for i in pair],
-            }.items()
+            for name, value in values.items()
         }
         fused.append(quality.rankings(inside, outside, scores))
     test = domains[0].test
     rates = {
         "slices": quality.milliseconds_per_10k(
             experts[0].model.uncertainty, experts[0].params, test, LAGS
-        ),
-        "ensemble": quality.milliseconds_per_10k(
-            fives[0].model.uncertainty, fives[0].params, test, LAGS
         ),
         "fused_slices": quality.milliseconds_per_10k(
             _fused(experts, uncertainty_weights()).model.uncertainty,
@@ -318,6 +327,10 @@ def _uncertainty(
             LAGS,
         ),
     }
+    if fives:
+        rates["ensemble"] = quality.milliseconds_per_10k(
+            fives[0].model.uncertainty, fives[0].params, test, LAGS
+        )
     return {"single": single, "fused": fused, "ms_per_10k_rows": rates}
 
 

@@ -1,0 +1,115 @@
+"""The one-step model on a system with a jump."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emfuse_jax.base import History, SpaceSpec
+from emfuse_jax.data.synthetic import bump
+from emfuse_jax.dynamics import (
+    EnsembleConfig,
+    EtmConfig,
+    etm,
+    fit_scales,
+    gaussian_ensemble,
+    sample_windows,
+)
+from emfuse_jax.loops import fit
+
+SPEC = SpaceSpec(observation_size=1, action_size=1)
+BATCH, SIZES = 64, (64, 64, 64)
+
+
+def train(learner, dataset, target, num_steps):
+    scales = fit_scales(dataset, 1, target=target)
+
+    @jax.jit
+    def run(key, data):
+        key_init, key_fit = jax.random.split(key)
+        state, _ = fit(
+            key_fit,
+            learner,
+            learner.init(key_init, scales),
+            lambda key, data: sample_windows(key, data, BATCH, 1),
+            num_steps,
+            data=data,
+            chunk=num_steps,
+        )
+        return state.params
+
+    return run(jax.random.key(0), jax.tree.map(jnp.asarray, dataset))
+
+
+def errors_by_side(model, params, law):
+    """RMS error of the mean within 0.1 of the jump, left and right of it."""
+    side = np.linspace(0.005, 0.1, 40)
+    state, action = np.meshgrid(np.append(-side, side), np.linspace(-0.8, 0.8, 9))
+    state, action = (np.float32(x.reshape(-1, 1)) for x in (state, action))
+    history = History(
+        jnp.asarray(state)[None],
+        jnp.asarray(action)[None],
+        jnp.ones((1, len(state)), bool),
+    )
+    predicted = jax.jit(model.predict)(params, jax.random.key(1), history)
+    error = np.asarray(predicted.next_observation - law.mean(state, action))
+    assert not predicted.uncertainty.any()  # one slice, or one member
+    return [np.sqrt(np.mean(error[where] ** 2)) for where in (state < 0, state > 0)]
+
+
+def test_errs_less_than_a_regressor_on_both_sides_of_a_jump():
+    dataset, law = bump(jump=0.5, noise=0.05)
+    config = EtmConfig(
+        negatives="langevin",
+        num_steps=300,
+        batch_size=BATCH,
+        num_negatives=16,
+        energy_sizes=SIZES,
+        learning_rate=2e-3,
+    )
+    energy = etm(config, SPEC)
+    params = train(energy, dataset, config.target_scale, config.num_steps)
+    ours = errors_by_side(energy.model, params, law)
+    # The same layers as a Gaussian MLP, with ten times the updates.
+    regression = EnsembleConfig(
+        num_members=1, hidden_sizes=SIZES, learning_rate=2e-3, num_steps=3000
+    )
+    mlp = gaussian_ensemble(regression, SPEC)
+    params = train(mlp, dataset, "standard", regression.num_steps)
+    theirs = errors_by_side(mlp.model, params, law)
+    for left_or_right in range(2):
+        assert ours[left_or_right] < theirs[left_or_right]
+    # The regressor has learned the rest: its error is the jump's, half of 1 at most.
+    assert max(theirs) < 0.5
+
+
+def test_reads_the_newest_lag_only():
+    model = etm(EtmConfig(energy_sizes=(8,), head_sizes=(8,)), SPEC)
+    dataset, _ = bump(num_episodes=4)
+    state = jax.jit(model.init)(jax.random.key(0), fit_scales(dataset, 1))
+    keys = jax.random.split(jax.random.key(1), 2)
+    history = History(
+        jax.random.normal(keys[0], (3, 5, 1)),
+        jax.random.normal(keys[1], (3, 5, 1)),
+        jnp.ones((3, 5), bool),
+    )
+    predict = jax.jit(model.model.predict)
+    newest = jax.tree.map(lambda leaf: leaf[:1], history)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        predict(state.params, jax.random.key(2), history),
+        predict(state.params, jax.random.key(2), newest),
+    )
+
+
+@pytest.mark.parametrize(
+    ("negatives", "scale"), [("proposal", "standard"), ("langevin", "box")]
+)
+def test_the_recipe_names_its_scaler_and_sampling(negatives, scale):
+    config = EtmConfig(negatives=negatives)
+    assert config.target_scale == scale
+    assert etm(config, SPEC).model.expert.region == (
+        "trust" if negatives == "proposal" else "box"
+    )
+    steps = config.resolved_sampling.num_steps
+    assert steps == (3 if negatives == "proposal" else 50)
