@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emfuse_jax.base import History, SpaceSpec
+from emfuse_jax.base import SpaceSpec
 from emfuse_jax.data.dataset import gather_history, split_episodes
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.data.synthetic import linear_gaussian
@@ -179,10 +179,12 @@ def test_lags_before_the_episode_have_no_effect(predict, params, system):
     jax.tree.map(
         np.testing.assert_array_equal, first, predict(params, jax.random.key(4), other)
     )
-    np.testing.assert_array_equal(first.uncertainty, 0.0)
+    np.testing.assert_allclose(first.uncertainty, 0.0, atol=1e-6)
     whole = predict(params, jax.random.key(4), history)
-    np.testing.assert_array_equal(whole.next_observation, first.next_observation)
-    assert float(whole.uncertainty.min()) > 0.0
+    np.testing.assert_allclose(
+        whole.next_observation, first.next_observation, rtol=1e-6, atol=1e-6
+    )
+    assert float(whole.uncertainty.min()) > 1e-3
 
 
 def one_lag_params(params):
@@ -223,12 +225,3 @@ def test_configs_that_cannot_work_are_refused():
         AdetmConfig(num_lags=1)
     with pytest.raises(ValueError, match="num_heads=4 must divide action_features=6"):
         AdetmConfig(action_features=6)
-
-
-def test_a_state_of_one_row_and_no_batch_axis_agree(dynamics, params, system):
-    history = jax.tree.map(lambda leaf: leaf[:, :1], system[2])
-    alone = History(*(leaf[:, 0] for leaf in history))
-    uncertainty = dynamics.model.uncertainty(params, history)
-    np.testing.assert_allclose(
-        dynamics.model.uncertainty(params, alone), uncertainty[0], rtol=1e-5
-    )

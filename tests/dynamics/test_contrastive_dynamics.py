@@ -7,7 +7,15 @@ import pytest
 
 from emfuse_jax.base import History, SpaceSpec
 from emfuse_jax.data.normalizer import Normalizer
-from emfuse_jax.dynamics import AdetmConfig, Batch, EtmConfig, Scales, adetm, etm
+from emfuse_jax.dynamics import (
+    AdetmConfig,
+    Batch,
+    EtmConfig,
+    Scales,
+    adetm,
+    etm,
+    make_slices,
+)
 from emfuse_jax.dynamics.contrastive import ContrastiveConfig
 
 SPEC = SpaceSpec(observation_size=2, action_size=1)
@@ -105,10 +113,8 @@ def test_an_energy_without_tilt_is_the_heads_own_density(
     params = params._replace(energy={"params": flat})
     predict = jax.jit(proposal.model.predict)
     predicted = predict(params, jax.random.key(4), batch.history)
-    again = proposal.model.expert
-    from emfuse_jax.dynamics import make_slices
-
-    encoded = again.encode(params, make_slices(batch.history, "backtrack"))
+    slices = make_slices(batch.history, "backtrack")
+    encoded = jax.jit(proposal.model.expert.encode)(params, slices)
     start = encoded.start[0]
     np.testing.assert_allclose(
         predicted.next_observation,
@@ -119,7 +125,7 @@ def test_an_energy_without_tilt_is_the_heads_own_density(
     log_scale = jnp.log(encoded.scale[0]).sum(-1)
     np.testing.assert_allclose(predicted.energy, log_scale, atol=1e-5)
     y = start + 2.0 * encoded.scale[0]
-    energy = proposal.model.energy(
+    energy = jax.jit(proposal.model.energy)(
         params, batch.history, batch.history.observation[0] + y[:, :2], y[:, 2]
     )
     np.testing.assert_allclose(energy, log_scale + 0.5 * 3 * 4.0, rtol=1e-4)
@@ -127,8 +133,8 @@ def test_an_energy_without_tilt_is_the_heads_own_density(
 
 @pytest.fixture(scope="module")
 def langevin():
-    config = AdetmConfig(**SIZES, negatives="langevin", num_negatives=16, chain_steps=4)
-    return adetm(AdetmConfig(**{**vars(config), "energy_rows": ROWS}), SPEC)
+    chains = {"negatives": "langevin", "num_negatives": 16, "chain_steps": 4}
+    return adetm(AdetmConfig(**SIZES, **chains, energy_rows=ROWS), SPEC)
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,7 @@ def test_update_keeps_structure_and_its_input_on_zeros_in_one_trace(case):
     )
 
 
+@pytest.mark.allow_key_reuse  # under vmap both branches of a cond are taken
 def test_update_is_traceable_under_vmap_and_eval_shape(case):
     shapes, _ = jax.eval_shape(
         case.learner.update, jax.random.key(3), case.state, zeros()

@@ -27,17 +27,17 @@ def random_scales(key):
     keys = jax.random.split(key, 3)
 
     def normalizer(key, shape):
+        key_mean, key_scale = jax.random.split(key)
         return Normalizer(
-            jax.random.normal(key, shape), jnp.exp(jax.random.normal(key, shape))
+            jax.random.normal(key_mean, shape),
+            jnp.exp(jax.random.normal(key_scale, shape)),
         )
 
-    return jax.jit(
-        lambda: Scales(
-            normalizer(keys[0], (3,)),
-            normalizer(keys[1], (2,)),
-            normalizer(keys[2], (1, 4)),
-        )
-    )()
+    return Scales(
+        normalizer(keys[0], (3,)),
+        normalizer(keys[1], (2,)),
+        normalizer(keys[2], (1, 4)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,10 @@ def member_gaussians(params, history):
         x = x / (1.0 + np.exp(-x))
         out = x @ weights["last_fc"]["kernel"] + weights["last_fc"]["bias"]
         means.append(scales.target.mean[0] + scales.target.scale[0] * out[:, :4])
-        stds.append(scales.target.scale[0] * np.exp(out[:, 4:]))
+        low, high = LOG_STD_BOUNDS
+        log_std = high - np.logaddexp(0.0, high - out[:, 4:])
+        log_std = low + np.logaddexp(0.0, log_std - low)
+        stds.append(scales.target.scale[0] * np.exp(log_std))
     return np.stack(means), np.stack(stds)
 
 
