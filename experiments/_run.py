@@ -250,7 +250,9 @@ def run_main(
         if "--traceback" in argv:
             raise
         text = str(error).strip().split("\n\n")[0]
-        print(textwrap.fill(f"error: {text}", 88), file=sys.stderr)
+        # Paths and flags stay whole, so that they can be copied.
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        print(textwrap.fill(f"error: {text}", 88, **whole), file=sys.stderr)
         print("(--traceback shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

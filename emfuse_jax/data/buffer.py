@@ -58,7 +58,9 @@ def ring_buffer(capacity: int, batch_size: int) -> Buffer:
         state = item_buffer.init(jax.tree.map(jnp.asarray, example))
         # flashbax wants room for a whole sample; ours may be larger than the buffer.
         experience = jax.tree.map(lambda x: x[:, :capacity], state.experience)
-        return state.replace(experience=experience)
+        # flashbax's index is weakly typed: the first update would compile twice.
+        index = jnp.zeros((), jnp.int32)
+        return state.replace(experience=experience, current_index=index)
 
     def add(
         state: State, batch: Any, *, valid: Bool[Array, "rows"] | None = None

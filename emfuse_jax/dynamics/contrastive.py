@@ -120,7 +120,7 @@ class ContrastiveConfig:
             )
         if not 0.0 <= self.head_phase <= 1.0:
             raise ValueError(f"head_phase={self.head_phase} must be in [0, 1]")
-        if self.energy_rows > self.batch_size:
+        if self.negatives == "proposal" and self.energy_rows > self.batch_size:
             raise ValueError(
                 f"energy_rows={self.energy_rows} exceeds batch_size={self.batch_size}; lower it"
             )

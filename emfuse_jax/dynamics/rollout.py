@@ -91,9 +91,10 @@ def rollout(
         `Rollout` with leaves ``[time, batch, …]``.
     """
 
-    def step(carry: tuple[History, jax.Array], inputs: tuple[jax.Array, jax.Array]):
+    def step(carry: tuple[History, jax.Array], time: jax.Array):
         past, alive = carry
-        step_key, last = inputs
+        last = time == horizon - 1
+        step_key = jax.random.fold_in(key, time)
         key_policy, key_model = jax.random.split(step_key)
         observation = past.observation[0]
         action = policy(key_policy, observation)
@@ -128,8 +129,6 @@ def rollout(
         out = Rollout(transition, reward, uncertainty, alive & finite)
         return (push(past, following), alive & ~terminated & ~cut), out
 
-    keys = jax.random.split(key, horizon)
     alive = jnp.ones(history.valid.shape[1:], bool)
-    last = jnp.arange(horizon) == horizon - 1
-    _, steps = jax.lax.scan(step, (history, alive), (keys, last))
+    _, steps = jax.lax.scan(step, (history, alive), jnp.arange(horizon))
     return steps

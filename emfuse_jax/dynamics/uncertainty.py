@@ -28,8 +28,9 @@ def historical_slice_uncertainty(
         unit: divides each dimension first, so that the result is in these units.
 
     Example:
-        >>> float(historical_slice_uncertainty(jnp.array([[[0.0, 0.0]], [[2.0, 0.0]]]))[0])
-        0.70710677
+        >>> predictions = jnp.array([[[0.0, 0.0]], [[2.0, 0.0]]])
+        >>> round(float(historical_slice_uncertainty(predictions)[0]), 4)
+        0.7071
     """
     if unit is not None:
         predictions = predictions / unit.reshape(

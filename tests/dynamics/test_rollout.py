@@ -71,11 +71,10 @@ def run():
 
 def python_loop(key, history, penalty, above):
     """The same rollout row by row in NumPy arrays, queues and ifs."""
-    keys = jax.random.split(key, HORIZON)
     queue = [np.array(leaf) for leaf in history]
     alive, steps = np.ones(ROWS, bool), []
     for time in range(HORIZON):
-        key_policy, key_model = jax.random.split(keys[time])
+        key_policy, key_model = jax.random.split(jax.random.fold_in(key, time))
         state = queue[0][0].copy()
         action = np.asarray(policy(key_policy, jnp.asarray(state)))
         queue[1][0] = action

@@ -34,7 +34,7 @@ def train_flags(root, name):
 def policy_flags(root, name):
     return (
         *(f"--model={root}/fused", "--env=hopper", f"--run_dir={root}/{name}"),
-        *tiny.POLICY,
+        *(*tiny.POLICY, "--num_seeds=2"),
     )
 
 
@@ -62,7 +62,8 @@ def traces():
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, traces):
-    """Random Hopper data, two experts, their fusion, a policy in it, and the report."""
+    """Random Hopper data, two experts, their fusion, two seeds of a policy in it, and the
+    report."""
     root = tmp_path_factory.mktemp("pipeline")
 
     def counted(name, module, *flags):
@@ -177,8 +178,8 @@ def test_the_report_has_every_table_and_picture(pipeline):
     returns = {row["policy"]: row for row in sections["Returns"]}
     behaviour = artifacts.read_json(pipeline / "random.json")
     assert returns["random"]["return"]["mean"] == behaviour["mean"]
-    # Three sampled episodes of evaluate go before the two of the training.
-    assert returns["policy"]["episodes"] == 3
+    # Three sampled episodes per seed of evaluate go before the two of the training.
+    assert (returns["policy"]["seeds"], returns["policy"]["episodes"]) == (2, 6)
     fusion = artifacts.read_json(pipeline / "fused" / "fusion.json")
     errors = {row["model"]: row for row in sections["Model error: fused"]}
     assert list(errors) == [
@@ -343,7 +344,7 @@ def test_an_unlisted_environment_trains_and_is_not_evaluated(
     )
     assert "evaluation skipped: 'my_robot'" in capsys.readouterr().out
     result = artifacts.read_json(tmp_path / "policy" / "result.json")
-    assert "mean" not in result
+    assert "mean" not in result  # and one seed alone: no seed axis
     assert artifacts.load_run(tmp_path / "policy").policy is not None
     runs = f"--runs={tmp_path}/policy"
     command(report, runs, f"--out={tmp_path}/report")
@@ -372,6 +373,6 @@ def test_seeds_of_one_method_are_one_row(pipeline, tmp_path):
         "Returns"
     ]
     assert [(row["policy"], row["seeds"], row["episodes"]) for row in rows] == [
-        ("fused", 2, 6),
-        ("other", 1, 3),
+        ("fused", 4, 12),
+        ("other", 2, 6),
     ]
