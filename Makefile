@@ -51,8 +51,10 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -d build/docs/doctrees \
 		build/docs/source build/docs/html
 
+# The studies take data and hours of their own: see their --help.
+STUDIES := benchmarks/control.py benchmarks/model_quality.py
 bench: $(VENV)/.torch $(VENV)/.run
-	@for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
+	@for script in $(filter-out $(STUDIES),$(wildcard benchmarks/[a-z]*.py)); do name=$$(basename $$script .py); \
 		echo "benchmarks.$$name"; \
 		$(BIN)/python -m benchmarks.$$name --output=runs/bench/$$name.json || exit 1; done
 
