@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks._weights import untrained
 from emfuse_jax.base import Dynamics, History, SpaceSpec
 from emfuse_jax.data import make_dataset
 from emfuse_jax.data.normalizer import apply as normalize
@@ -54,7 +55,7 @@ def problem(config: EtmConfig, spec: SpaceSpec, rows: int) -> Problem:
     data = jax.tree.map(jnp.asarray, data)
     scales = fit_scales(data, 1, anchor="current", target="box")
     dynamics = etm(config, spec)
-    state = jax.jit(dynamics.init)(jax.random.key(0), scales)
+    state = untrained(dynamics, scales)
     energy = jax.tree.map(
         lambda leaf: GROWTH * leaf if leaf.ndim > 1 else leaf, state.params.energy
     )

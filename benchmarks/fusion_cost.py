@@ -19,10 +19,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import _report
 from benchmarks import _timing as timing
+from benchmarks._weights import untrained
 from emfuse_jax.base import Dynamics, History, SpaceSpec, TransitionModel
 from emfuse_jax.data import Normalizer
 from emfuse_jax.dynamics import (
@@ -110,9 +110,7 @@ def architecture(config: FusionCostConfig, slices: int) -> Dynamics:
 
 
 def experts(config: FusionCostConfig, dynamics: Dynamics, slices: int, count: int):
-    """The parameters of each: random numbers of the right shapes, which take seconds less
-    than compiling every initialiser."""
-    rng = np.random.default_rng(0)
+    """The parameters of each, untrained."""
 
     def unit(*shape: int) -> Normalizer:
         return Normalizer(jnp.zeros(shape), jnp.ones(shape))
@@ -122,13 +120,7 @@ def experts(config: FusionCostConfig, dynamics: Dynamics, slices: int, count: in
         unit(config.action_size),
         unit(slices, config.observation_size + 1),
     )
-    shapes = jax.eval_shape(dynamics.init, jax.random.key(0), scales).params
-
-    def kernel(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        fan_in = leaf.shape[0] if leaf.shape else 1
-        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
-
-    return [jax.tree.map(kernel, shapes)._replace(scales=scales) for _ in range(count)]
+    return [untrained(dynamics, scales, seed=i).params for i in range(count)]
 
 
 def imagine(config: FusionCostConfig, model: TransitionModel) -> Callable[..., Any]:

@@ -34,6 +34,7 @@ from benchmarks import _partition as partition
 from benchmarks import _quality as quality
 from benchmarks import _report
 from benchmarks import _timing as timing
+from benchmarks._weights import untrained
 from benchmarks.model_quality import train
 from emfuse_jax.base import SpaceSpec
 from emfuse_jax.dynamics import AdetmConfig, adetm, fit_scales, sample_windows
@@ -136,7 +137,7 @@ def recipes(config: NegativesConfig) -> dict[str, AdetmConfig]:
 def step_costs(config: NegativesConfig, data: Any) -> dict[str, Any]:
     """Training steps per CPU-second of each recipe, batches of one size."""
     spec = SpaceSpec(data.observation.shape[1], data.action.shape[1])
-    key_batch, key_init, key_update = jax.random.split(jax.random.key(config.seed), 3)
+    key_batch, key_update = jax.random.split(jax.random.key(config.seed))
     arrays = jax.tree.map(jnp.asarray, data)
     model = config.model
     batch = sample_windows(key_batch, arrays, model.batch_size, model.num_lags)
@@ -148,7 +149,7 @@ def step_costs(config: NegativesConfig, data: Any) -> dict[str, Any]:
             scales = fit_scales(
                 data, own.num_lags, anchor=own.anchor, target=own.target_scale
             )
-            states[own.negatives] = jax.jit(dynamics.init)(key_init, scales)
+            states[own.negatives] = untrained(dynamics, scales)
         calls[name], seconds[name] = timing.compiled(
             dynamics.update, key_update, states[own.negatives], batch
         )

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks import _partition, negatives
 from experiments._run import run_main
@@ -12,6 +13,7 @@ from experiments._run import run_main
 DIM = 6
 
 
+@pytest.mark.slow
 def test_the_document_holds_costs_errors_and_likelihoods(tmp_path):
     jax.devices()  # before the benchmark pins the threads that this would start
     output = tmp_path / "negatives.json"
