@@ -167,3 +167,27 @@ class Environment(NamedTuple):
     step: Callable[[jax.Array, State, jax.Array], tuple[State, Transition]]
     observe: Callable[[State], jax.Array]
     spec: SpaceSpec
+
+
+class LanguageModel(NamedTuple):
+    """Next-token laws over one vocabulary, with a cache. Functions take params first.
+
+    ``init_cache(batch_size, length) -> cache`` has room for ``length`` columns. The others
+    write the next columns and return the cache as it is after them:
+    ``prefill(params, tokens [batch, time], valid [batch, time], cache, *,
+    last_only=False) -> (logits [batch, time, vocab], cache)`` reads the prompt into an
+    empty cache (``last_only`` keeps the last column's logits alone, ``time`` 1);
+    ``extend(params, tokens, valid, cache) -> (logits, cache)`` reads on, teacher-forced;
+    ``step(params, tokens [batch], cache) -> (logits [batch, vocab], cache)`` reads one.
+
+    Logits in column ``t`` say what follows the tokens up to and with ``t``. Tokens that
+    are not ``valid`` are padding, on either side: never attended to, and no position is
+    counted for them.
+    """
+
+    init_cache: Callable[[int, int], State]
+    prefill: Callable[..., tuple[jax.Array, State]]
+    extend: Callable[..., tuple[jax.Array, State]]
+    step: Callable[[Params, jax.Array, State], tuple[jax.Array, State]]
+    vocab_size: int
+    context_length: int
