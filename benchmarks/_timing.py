@@ -103,46 +103,56 @@ def ratio(timings: Mapping[str, Timing], name: str, peer: str) -> dict[str, floa
 
 
 def gemm_rates(
-    shapes: list[tuple[int, int, int]], *, repeats: int, calls: int = 10
+    shapes: list[tuple[int, int]], *, repeats: int, calls: int = 50
 ) -> dict[str, Any]:
     """GFLOP per CPU-second of float32 matrix products in jax, and in torch if there is one.
 
+    A timed call is a chain of products, each one's output the next one's input, as in a
+    deep network: single calls would mostly time the dispatch and fresh pages.
+
     Args:
-        shapes: of the products, ``(rows, inner, columns)``.
+        shapes: ``(rows, width)`` of the products ``[rows, width] @ [width, width]``.
         repeats: rounds.
-        calls: products per timed call.
+        calls: products per chain.
 
     Returns:
         By library: each shape's median, min and max, and the ``best`` median.
     """
     result: dict[str, Any] = {}
-    for shape in shapes:
-        contenders = {"jax": _jax_gemm(shape, calls)}
+    for rows, width in shapes:
+        contenders = {"jax": _jax_gemm(rows, width, calls)}
         with contextlib.suppress(ImportError):
-            contenders["torch"] = _torch_gemm(shape, calls)
+            contenders["torch"] = _torch_gemm(rows, width, calls)
         timings = measure(contenders, repeats=repeats)
-        work = 2e-9 * shape[0] * shape[1] * shape[2] * calls
+        work = 2e-9 * rows * width * width * calls
         for name, timing in timings.items():
             rates = spread([work / seconds for seconds in timing.cpu])
-            result.setdefault(name, {})["x".join(map(str, shape))] = rates
+            result.setdefault(name, {})[f"{rows}x{width}x{width}"] = rates
     for rates in result.values():
         rates["best"] = max(shape["median"] for shape in rates.values())
     return result
 
 
-def _jax_gemm(shape: tuple[int, int, int], calls: int) -> Callable[[], Any]:
-    left = jnp.ones(shape[:2])
-    right = jnp.ones(shape[1:]) / shape[1]
-    product, _ = compiled(jnp.matmul, left, right)
-    return lambda: [product() for _ in range(calls)]
+def _jax_gemm(rows: int, width: int, calls: int) -> Callable[[], Any]:
+    def chain(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, calls, lambda _, x: x @ right, left)
+
+    left, right = jnp.ones((rows, width)), jnp.full((width, width), 1.0 / width)
+    return compiled(chain, left, right)[0]
 
 
-def _torch_gemm(shape: tuple[int, int, int], calls: int) -> Callable[[], Any]:
+def _torch_gemm(rows: int, width: int, calls: int) -> Callable[[], Any]:
     import torch
 
-    left = torch.ones(shape[:2])
-    right = torch.ones(shape[1:]) / shape[1]
-    return lambda: [torch.mm(left, right) for _ in range(calls)]
+    left, right = torch.ones((rows, width)), torch.full((width, width), 1.0 / width)
+    buffers = torch.empty_like(left), torch.empty_like(left)
+
+    def chain() -> None:
+        current = left
+        for call in range(calls):
+            current = torch.mm(current, right, out=buffers[call % 2])
+
+    return chain
 
 
 @contextlib.contextmanager

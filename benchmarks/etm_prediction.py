@@ -194,7 +194,7 @@ def main(config: EtmPredictionConfig) -> dict[str, Any]:
     with timing.quiet_machine(config.threads) as machine:
         results = measure(config)
         width = max(config.hidden)
-        shapes = [(n, width, width) for n in (config.sampling.block_rows, config.rows)]
+        shapes = [(n, width) for n in (config.sampling.block_rows, config.rows)]
         results["gemm_gflop_per_cpu_second"] = timing.gemm_rates(
             shapes, repeats=config.repeats
         )

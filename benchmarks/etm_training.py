@@ -192,7 +192,7 @@ def main(config: EtmTrainingConfig) -> dict[str, Any]:
     with timing.quiet_machine(config.threads) as machine:
         results = measure(config)
         width = max(model.energy_sizes)
-        shapes = [(model.batch_size * model.num_negatives, width, width)]
+        shapes = [(model.batch_size * model.num_negatives, width)]
         results["gemm_gflop_per_cpu_second"] = timing.gemm_rates(
             shapes, repeats=config.repeats
         )

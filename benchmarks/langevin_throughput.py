@@ -249,7 +249,7 @@ def main(config: ThroughputConfig) -> dict[str, Any]:
     with timing.quiet_machine(config.threads) as machine:
         width = max(config.hidden)
         rows = sorted({*config.chains, min(config.block_rows, max(config.chains))})
-        shapes = [(n, width, width) for n in rows]
+        shapes = [(n, width) for n in rows]
         gemm = timing.gemm_rates(shapes, repeats=config.repeats)
         studies = [study(config, n, gemm) for n in config.chains]
         results = {

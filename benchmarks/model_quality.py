@@ -272,7 +272,18 @@ def _likelihoods(
             )
             rows["langevin"].append(wide)
         fused = _fused(experts, uncertainty_weights())
-        rows["fused"].append(quality.nll(fused, experts, weights, domain, unit, LAGS))
+        # The pool is narrower than its experts where they agree and wider where not.
+        pooled = quality.nll(
+            fused,
+            experts,
+            weights,
+            domain,
+            unit,
+            LAGS,
+            draws=20_000,
+            scales=(0.25, 0.5, 1.0, 2.0, 4.0),
+        )
+        rows["fused"].append(pooled)
     return rows
 
 
@@ -367,6 +378,26 @@ def summarise(seeds: list[dict[str, Any]]) -> dict[str, Any]:
                     row[score][measure] for s in seeds for row in s["uncertainty"][kind]
                 ]
                 summary[f"{kind} {score} {measure}"] = float(np.mean(values))
+    # Two kinds of negatives for equal CPU time; the NLL of either stands below.
+    for kind in ("expert", "langevin", "ensemble"):
+        costs = [
+            cost
+            for seed in seeds
+            for name, cost in seed["costs"].items()
+            if name.startswith(kind)
+        ]
+        if costs:
+            rate = np.mean([cost["ms_per_step"] for cost in costs])
+            summary[f"{kind} ms per step"] = float(rate)
+    for kind in ("expert", "langevin"):
+        own = [
+            row["one_step"][int(name.removeprefix(f"{kind}-"))]
+            for seed in seeds
+            for name, row in seed["errors"].items()
+            if name.startswith(kind)
+        ]
+        if own:
+            summary[f"{kind} own one-step error"] = float(np.mean(own))
     for name in seeds[0]["nll"]:
         summary[f"nll {name}"] = float(
             np.mean([row["nll"] for seed in seeds for row in seed["nll"][name]])

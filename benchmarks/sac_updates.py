@@ -219,7 +219,7 @@ def main(config: SacUpdatesConfig) -> dict[str, Any]:
         results = measure(config)
         width = max(config.hidden)
         results["gemm_gflop_per_cpu_second"] = timing.gemm_rates(
-            [(config.batch_size, width, width)], repeats=config.repeats
+            [(config.batch_size, width)], repeats=config.repeats
         )
     question = (__doc__ or "").partition("\n")[0]
     document = timing.write(config.output, question, config, machine, results)
