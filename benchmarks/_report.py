@@ -1,6 +1,5 @@
 """What the throughput benchmarks say in the same way: rates, ratios, refusals."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,17 +19,6 @@ def check_repeats(repeats: int) -> None:
             f"repeats={repeats}; expected at least {timing.MIN_REPEATS}, since a median "
             "of fewer says little"
         )
-
-
-def portable(value: Any) -> Any:
-    """A JSON value with file names in place of paths: results travel, folders do not."""
-    if isinstance(value, Mapping):
-        return {portable(key): portable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"(?<![\w.])/[^\s,=]*/", "", value)
-    return value
 
 
 def contenders(

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -191,6 +192,17 @@ def quiet_machine(threads: int) -> Iterator[dict[str, Any]]:
             os.sched_setaffinity(0, cores)
 
 
+def portable(value: Any) -> Any:
+    """A JSON value with file names in place of paths: results travel, folders do not."""
+    if isinstance(value, Mapping):
+        return {portable(key): portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.])/[^\s,=]*/", "", value)
+    return value
+
+
 def write(
     output: str, question: str, config: Any, machine: dict[str, Any], results: Any
 ) -> dict[str, Any]:
@@ -205,5 +217,5 @@ def write(
     if output:
         path = pathlib.Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(path, document)
+        artifacts.write_json(path, portable(document))
     return document

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks._report import portable
+from benchmarks._timing import portable
 from emfuse_jax import artifacts
 from emfuse_jax.data.behaviour import behaviour_act, load_behaviour
 from emfuse_jax.envs.mujoco_batch import MujocoBatch

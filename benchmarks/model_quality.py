@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import _quality as quality
 from benchmarks._quality import Model
-from benchmarks._report import portable
+from benchmarks._timing import portable
 from emfuse_jax import artifacts, loops
 from emfuse_jax.base import SpaceSpec
 from emfuse_jax.data import concatenate
