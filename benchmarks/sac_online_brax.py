@@ -63,7 +63,15 @@ class SacOnlineConfig:
     episode_steps: int = 1000
     target: float = 950.0
     batch_size: int = 128
-    sac: SacConfig = SacConfig(hidden_sizes=(128, 128))  # noqa: RUF009
+    sac: SacConfig = SacConfig(  # noqa: RUF009
+        hidden_sizes=(128, 128),
+        # A fall shows within a second. With 0.99 and 3e-4, SAC's usual settings, none of
+        # the three seeds passed 230 in as many transitions.
+        discount=0.95,
+        actor_learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+        temperature_learning_rate=1e-3,
+    )
     online: OnlineConfig = OnlineConfig(num_envs=8, updates_per_step=8)  # noqa: RUF009
     threads: int = 1
     output: str = ""
