@@ -11,18 +11,32 @@ from emfuse_jax.llm.model import (
     logits,
 )
 from emfuse_jax.llm.rope import RopeConfig
+from emfuse_jax.llm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from emfuse_jax.llm.weights import (
+    LoadedLm,
+    load_language_model,
+    load_params,
+    save_pretrained,
+)
 
 __all__ = [
     "EXPERT_AXES",
     "LINEAR_INPUTS",
+    "ByteTokenizer",
     "KvCache",
     "LmConfig",
+    "LoadedLm",
     "RopeConfig",
+    "Tokenizer",
     "apply_layer",
     "config_from_hf",
     "config_to_hf",
     "embed_tokens",
     "init_params",
     "language_model",
+    "load_language_model",
+    "load_params",
+    "load_tokenizer",
     "logits",
+    "save_pretrained",
 ]
