@@ -140,7 +140,8 @@ def start_decoding(
     cache = model.init_cache(batch, time + max_new_tokens)
     logits, cache = model.prefill(params, tokens, valid, cache, last_only=True)
     return DecodeState(
-        cache=cache,
+        # Weakly typed leaves would leave the first chunk strong: a second program.
+        cache=jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), cache),
         logits=logits[:, -1].astype(jnp.float32),
         token=tokens[:, -1],
         stopped=jnp.zeros(batch, bool),
