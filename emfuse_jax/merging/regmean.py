@@ -74,7 +74,7 @@ def merge_linear(
         >>> merge_linear(kernels, grams).round(6).tolist()  # each knows one input
         [[1.0], [3.0]]
     """
-    _check_options(shrinkage, ridge)
+    check_options(shrinkage, ridge)
     shares = convex_weights(weights, len(kernels))
     wide = [np.asarray(kernel, np.float64) for kernel in kernels]
     mean = np.sum([w * kernel for w, kernel in zip(shares, wide, strict=True)], axis=0)
@@ -96,7 +96,8 @@ def merge_linear(
     return merged.astype(kernels[0].dtype)
 
 
-def _check_options(shrinkage: float, ridge: float) -> None:
+def check_options(shrinkage: float, ridge: float) -> None:
+    """Refuses a shrinkage or a ridge out of range with a `ValueError`."""
     if not 0.0 <= shrinkage <= 1.0:
         raise ValueError(
             f"shrinkage={shrinkage}; expected a value in [0, 1], 0 for the Grams as they "
