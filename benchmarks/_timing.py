@@ -67,6 +67,7 @@ def measure(
     *,
     repeats: int,
     compile_seconds: Mapping[str, float] | None = None,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Times contenders in turns.
 
@@ -74,6 +75,8 @@ def measure(
         calls: what each contender does in one call, compiled already.
         repeats: rounds after the warm-up, which is the first call and one more.
         compile_seconds: of those contenders that have any.
+        pause: seconds before each timed call, in which threads that the one before has
+            left waiting busily fall asleep.
     """
     first, wall, cpu = {}, {name: [] for name in calls}, {name: [] for name in calls}
     for name, call in calls.items():
@@ -81,6 +84,7 @@ def measure(
         _seconds(call)
     for _ in range(repeats):
         for name, call in calls.items():
+            time.sleep(pause)
             seconds, own = _seconds(call)
             wall[name].append(seconds)
             cpu[name].append(own)
