@@ -22,6 +22,13 @@ QWEN = LmConfig(
 )
 
 
+whole = jax.jit(logits, static_argnums=0)
+# Tiny programs: compiling them well would take longer than running them.
+compiled = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": "0"}
+)
+
+
 def sharp_params(seed, config):
     """Random parameters whose laws are far from uniform, and from one another."""
     params = init_params(jax.random.key(seed), config)
@@ -51,7 +58,7 @@ def read(model, params):
 @pytest.fixture(scope="module")
 def stacked():
     model = fuse_language_models(language_model(LLAMA), evidence(), num_models=2)
-    return jax.jit(functools.partial(read, model))(tree.stack(LLAMAS))
+    return compiled(functools.partial(read, model))(tree.stack(LLAMAS))
 
 
 def assert_close(actual, expected):
@@ -70,7 +77,7 @@ def test_reading_in_steps_equals_reading_at_once(stacked):
 
 def test_a_stack_equals_a_tuple(stacked):
     model = fuse_language_models([language_model(LLAMA)] * 2, evidence())
-    listed = jax.jit(functools.partial(read, model))(LLAMAS)
+    listed = compiled(functools.partial(read, model))(LLAMAS)
     assert_close(listed[1:3], stacked[1:3])
 
 
@@ -78,10 +85,10 @@ def test_architectures_that_differ_are_pooled():
     configs, params = (LLAMA, QWEN), (LLAMAS[0], QWENS)
     models = [language_model(config) for config in configs]
     model = fuse_language_models(models, uniform())
-    first, rest, *_ = jax.jit(functools.partial(read, model))(params)
+    first, rest, *_ = compiled(functools.partial(read, model))(params)
     laws = jnp.stack(
         [
-            jax.nn.log_softmax(logits(config, own, TEXT, VALID))
+            jax.nn.log_softmax(whole(config, own, TEXT, VALID))
             for config, own in zip(configs, params, strict=True)
         ]
     )
@@ -113,7 +120,7 @@ def test_decoding_keeps_the_choices_and_their_gaps():
     # Greedily, each token is the likeliest of the expert that was chosen for it.
     texts = jnp.concatenate([TEXT, found.tokens], axis=1)
     valid = jnp.concatenate([VALID, jnp.ones((2, 12), bool)], axis=1)
-    own = np.stack([logits(LLAMA, params, texts, valid) for params in LLAMAS])
+    own = np.stack([whole(LLAMA, params, texts, valid) for params in LLAMAS])
     for row in range(2):
         for step in range(12):
             law = own[chosen[step, row], row, 7 + step]
