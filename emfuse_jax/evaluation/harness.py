@@ -133,7 +133,11 @@ class _Requests:
         super().__init__()
         self._params, self._model, self._tokenizer = params, model, tokenizer
         self._key, self.batch_size = key, batch_size
-        self._max_new_tokens, self._special, self._chunk = max_new_tokens, special, chunk
+        self._max_new_tokens, self._special, self._chunk = (
+            max_new_tokens,
+            special,
+            chunk,
+        )
         self._scorer = compile_scorer(model, block=block)
         self._decoders: dict[tuple[Any, ...], Decoder] = {}
         self.max_length = model.context_length

@@ -87,9 +87,7 @@ def token_log_probs(
     scores = _read(
         params, model, (context, context_valid), (tokens, valid), score, block
     )
-    return TokenScores(
-        jnp.where(valid, scores.log_probs, 0.0), scores.greedy & valid
-    )
+    return TokenScores(jnp.where(valid, scores.log_probs, 0.0), scores.greedy & valid)
 
 
 def next_token_log_probs(

@@ -5,7 +5,7 @@ and each bucket runs in batches of one size: one compiled program per bucket.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def score_continuations(
     requests: Sequence[Request],
     *,
     batch_size: int = 16,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], Any] | None = None,
 ) -> list[ContinuationScore]:
     """Scores each continuation given its context, in the order of the requests.
 

@@ -3,6 +3,15 @@
 from emfuse_jax.llm._rule import FusionRule
 from emfuse_jax.llm.cache import EXPERT_AXES, KvCache
 from emfuse_jax.llm.config import LmConfig, config_from_hf, config_to_hf
+from emfuse_jax.llm.decode import (
+    DecodeState,
+    Generation,
+    bucket_length,
+    decode_tokens,
+    generate,
+    pad_left,
+    start_decoding,
+)
 from emfuse_jax.llm.emselect import (
     SelectionGap,
     emselect,
@@ -15,6 +24,13 @@ from emfuse_jax.llm.emselect import (
     tournament,
 )
 from emfuse_jax.llm.evidence import evidence, exponentiated_gradient
+from emfuse_jax.llm.filters import (
+    filter_logits,
+    min_p_filter,
+    sample_token,
+    top_k_filter,
+    top_p_filter,
+)
 from emfuse_jax.llm.fuse import FusedCache, fuse_language_models, linear_opinion_pool
 from emfuse_jax.llm.model import (
     LINEAR_INPUTS,
@@ -40,6 +56,15 @@ from emfuse_jax.llm.rules import (
     rule_by_name,
     uniform,
 )
+from emfuse_jax.llm.stream import (
+    Completion,
+    Decoder,
+    Piece,
+    compile_decoder,
+    complete,
+    stream_chunks,
+    stream_text,
+)
 from emfuse_jax.llm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from emfuse_jax.llm.vocabulary import (
     VocabularyMap,
@@ -61,27 +86,38 @@ __all__ = [
     "FUSION_RULES",
     "LINEAR_INPUTS",
     "ByteTokenizer",
+    "Completion",
+    "DecodeState",
+    "Decoder",
     "FusedCache",
     "FusionRule",
+    "Generation",
     "KvCache",
     "LmConfig",
     "LoadedLm",
+    "Piece",
     "RopeConfig",
     "SelectionGap",
     "Tokenizer",
     "VocabularyMap",
     "align_vocabularies",
     "apply_layer",
+    "bucket_length",
     "check_same_vocabulary",
+    "compile_decoder",
+    "complete",
     "config_from_hf",
     "config_to_hf",
+    "decode_tokens",
     "embed_tokens",
     "emselect",
     "entropy_adaptive",
     "evidence",
     "exponentiated_gradient",
+    "filter_logits",
     "fixed",
     "fuse_language_models",
+    "generate",
     "init_params",
     "language_model",
     "linear_opinion_pool",
@@ -93,19 +129,27 @@ __all__ = [
     "map_log_probs",
     "map_tokens",
     "map_vocabulary",
+    "min_p_filter",
     "nearest_to_pool",
     "packllm_opt",
     "packllm_opt_weights",
     "packllm_sim",
     "packllm_sim_weights",
+    "pad_left",
     "pairwise_kl",
     "pairwise_margin",
     "pool_divergences",
     "rule_by_name",
+    "sample_token",
     "save_pretrained",
     "selection_gap",
     "sequence_gap",
+    "start_decoding",
+    "stream_chunks",
+    "stream_text",
+    "top_k_filter",
     "top_one",
+    "top_p_filter",
     "tournament",
     "uniform",
 ]

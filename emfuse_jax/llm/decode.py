@@ -27,7 +27,7 @@ __all__ = [
     "bucket_length",
     "check_prompt",
     "check_tokens",
-    "decode",
+    "decode_tokens",
     "generate",
     "pad_left",
     "start_decoding",
@@ -105,7 +105,7 @@ def generate(
             leaves no room in the context.
     """
     state = start_decoding(params, model, tokens, valid, max_new_tokens)
-    _, generation = decode(
+    _, generation = decode_tokens(
         params,
         key,
         model,
@@ -149,7 +149,7 @@ def start_decoding(
     )
 
 
-def decode(
+def decode_tokens(
     params: Params,
     key: Keys,
     model: LanguageModel,

@@ -21,7 +21,7 @@ from emfuse_jax.llm.decode import (
     Keys,
     bucket_length,
     check_prompt,
-    decode,
+    decode_tokens,
     pad_left,
     start_decoding,
 )
@@ -35,8 +35,8 @@ __all__ = [
     "compile_decoder",
     "complete",
     "settled_text",
-    "stream",
     "stream_chunks",
+    "stream_text",
 ]
 
 Detokenize = Callable[[list[int]], str]
@@ -121,7 +121,7 @@ def compile_decoder(
     def advance(
         params: Params, key: jax.Array, state: DecodeState
     ) -> tuple[DecodeState, Generation]:
-        return decode(
+        return decode_tokens(
             params,
             key,
             model,
@@ -190,13 +190,13 @@ def stream_chunks(
             tokens=generation.tokens[:, :wanted],
             valid=generation.valid[:, :wanted],
             log_probs=generation.log_probs[:, :wanted],
-            kept=jax.tree.map(lambda leaf: leaf[:wanted], generation.kept),
+            kept=jax.tree.map(lambda leaf, n=wanted: leaf[:n], generation.kept),
         )
         if np.all(stopped):
             return
 
 
-def stream(
+def stream_text(
     params: Params,
     key: Keys,
     decoder: Decoder,
@@ -269,7 +269,7 @@ def complete(
         stop_strings: a text ends before the first of these.
 
     Raises:
-        ValueError: as `stream`.
+        ValueError: as `stream_text`.
     """
     _check_stop_strings(stop_strings)
     tokens: list[list[int]] = [[] for _ in prompts]

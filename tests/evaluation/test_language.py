@@ -1,13 +1,14 @@
 import functools
 import itertools
+from _statistics import assert_mean_close
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _statistics import assert_mean_close
-from _table_lm import table_law, table_lm, table_params, table_scores
 
+from _lm_models import TINY, random_params, random_tokens
+from _table_lm import table_law, table_lm, table_params, table_scores
 from emfuse_jax.evaluation.language import (
     bits_per_byte,
     document_interval,
@@ -18,6 +19,7 @@ from emfuse_jax.evaluation.language import (
     token_log_probs,
     watch_tokens,
 )
+from emfuse_jax.llm import language_model, logits
 from emfuse_jax.llm.decode import generate, pad_left
 from emfuse_jax.llm.emselect import emselect, pool_divergences
 from emfuse_jax.llm.fuse import fuse_language_models
@@ -46,7 +48,7 @@ def compiled(model=MODEL, function=token_log_probs, **options):
     return jax.jit(lambda params, *arrays: function(params, model, *arrays, **options))
 
 
-@pytest.mark.parametrize("block", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize("block", [None, 1, 3])
 def test_scores_are_those_of_the_law_token_by_token(params, block):
     texts = pad_right(TEXTS)
     scores = compiled(block=block)(params, *pad_left(CONTEXTS, length=9), *texts)
@@ -75,6 +77,25 @@ def test_padding_and_company_change_nothing(params):
         )
 
 
+def test_a_transformer_read_in_blocks_scores_as_in_one_pass_without_a_cache():
+    params, tokens = random_params(TINY), random_tokens(3, (2, 14))
+    context = pad_left([tokens[0, :5].tolist(), tokens[1, :3].tolist()])
+    texts = [tokens[0, 5:].tolist(), tokens[1, 3:11].tolist()]
+    scores = compiled(language_model(TINY), block=4)(
+        params, *context, *pad_right(texts)
+    )
+    found = jax.jit(logits, static_argnums=0)(
+        TINY, params, tokens, jnp.ones(tokens.shape, bool)
+    )
+    laws = jax.nn.log_softmax(found)
+    for row, (start, text) in enumerate(zip((5, 3), texts, strict=True)):
+        columns = laws[row, start - 1 : start - 1 + len(text)]
+        expected = columns[jnp.arange(len(text)), jnp.array(text)]
+        np.testing.assert_allclose(
+            scores.log_probs[row, : len(text)], expected, rtol=1e-4, atol=1e-5
+        )
+
+
 def test_the_whole_law_holds_the_scores(params):
     contexts, texts = pad_left(CONTEXTS), pad_right(TEXTS)
     laws = compiled(function=next_token_log_probs)(params, *contexts, *texts)
@@ -85,10 +106,14 @@ def test_the_whole_law_holds_the_scores(params):
 
 
 def test_greedy_text_is_scored_as_greedy_all_along(params):
-    contexts = pad_left(CONTEXTS)
-    key = jax.random.key(0)
-    found = generate(params, key, MODEL, *contexts, 6, temperature=0.0)
-    scores = token_log_probs(params, MODEL, *contexts, found.tokens, found.valid)
+    @jax.jit
+    def run(params, *contexts):
+        key = jax.random.key(0)
+        found = generate(params, key, MODEL, *contexts, 6, temperature=0.0)
+        texts = (found.tokens, found.valid)
+        return found, token_log_probs(params, MODEL, *contexts, *texts)
+
+    found, scores = run(params, *pad_left(CONTEXTS))
     assert scores.greedy.all()
     np.testing.assert_allclose(scores.log_probs, found.log_probs, rtol=1e-5)
 
@@ -96,7 +121,16 @@ def test_greedy_text_is_scored_as_greedy_all_along(params):
 def test_text_may_fill_the_context_and_one_token_more(params):
     short = table_lm(VOCAB, context_length=6)
     context, text = pad_left([[1, 2, 3]], length=4), pad_right([[4, 5, 0, 1]])
-    scores = token_log_probs(params, short, *context, *text)
+    check = jax.jit(lambda *arrays: token_log_probs(params, short, *arrays))
+    scores = check(*context, *text)
+    read = []
+
+    def extend(params, tokens, valid, cache):
+        read.append(np.asarray(valid))
+        return short.extend(params, tokens, valid, cache)
+
+    token_log_probs(params, short._replace(extend=extend), *context, *text)
+    assert read[0].astype(int).tolist() == [[1, 1, 1, 0]]
     expected = table_scores(params, [1, 2, 3], [4, 5, 0, 1])
     np.testing.assert_allclose(scores.log_probs[0], expected, rtol=1e-4)
     with pytest.raises(ValueError, match="prompt 0 has 3 tokens and 4 more"):
@@ -166,9 +200,9 @@ def test_divergences_per_token_add_up_to_that_of_the_sequences(experts, own_laws
     assert (np.abs(elsewhere - sequence) > 0.01 * sequence).all()
     # Drawn from the fusion they estimate it.
     contexts = pad_left([PREFIX] * 3000, length=3)
-    drawn = jax.jit(
-        lambda p, k, *arrays: generate(p, k, pool(), *arrays, STEPS)
-    )(tuple(experts), jax.random.key(1), *contexts).tokens
+    drawn = jax.jit(lambda p, k, *arrays: generate(p, k, pool(), *arrays, STEPS))(
+        tuple(experts), jax.random.key(1), *contexts
+    ).tokens
     index = np.asarray(drawn) @ 3 ** np.arange(STEPS)[::-1]
     assert_mean_close(per_token[0].sum(-1)[index], sequence[0])
 
@@ -201,7 +235,9 @@ def test_weights_from_the_context_stay_whatever_follows(experts):
     for row, text in enumerate(texts):
         for t in range(len(text)):
             prefix = context + text[:t]
-            energy = sum(w * table_law(p, prefix) for w, p in zip(weights, experts, strict=True))
+            energy = sum(
+                w * table_law(p, prefix) for w, p in zip(weights, experts, strict=True)
+            )
             expected = energy - np.logaddexp.reduce(energy)
             np.testing.assert_allclose(laws[row, t], expected, rtol=1e-3)
     assert np.ptp(weights) > 0.05
@@ -214,8 +250,12 @@ def test_watching_a_text_tells_what_decoding_it_told(experts):
     def keep(cache):
         return {"expert": jnp.argmax(cache.weights, 0), "laws": cache.log_probs}
 
-    found = generate(params, jax.random.key(2), model, *contexts, 5, keep=keep)
-    watched = watch_tokens(params, model, *contexts, found.tokens, keep)
+    @jax.jit
+    def run(params, *contexts):
+        found = generate(params, jax.random.key(2), model, *contexts, 5, keep=keep)
+        return found, watch_tokens(params, model, *contexts, found.tokens, keep)
+
+    found, watched = run(params, *contexts)
     np.testing.assert_array_equal(watched["expert"], found.kept["expert"])
     np.testing.assert_allclose(watched["laws"], found.kept["laws"], rtol=1e-5)
     assert watched["laws"].shape == (5, 3, 2, 3)

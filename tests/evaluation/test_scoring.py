@@ -1,8 +1,8 @@
 import jax
 import numpy as np
 import pytest
-from _table_lm import table_lm, table_params, table_scores
 
+from _table_lm import table_lm, table_params, table_scores
 from emfuse_jax.evaluation.scoring import (
     compile_scorer,
     rolling_windows,
@@ -27,7 +27,7 @@ def draw_requests(sizes, seed=0):
 
 def test_scores_come_back_in_order_whatever_their_lengths(params):
     scorer = compile_scorer(table_lm(VOCAB), block=4)
-    sizes = [(1, 1), (20, 3), (3, 9), (2, 2), (16, 8), (17, 1), (5, 16), (1, 4)]
+    sizes = [(1, 1), (20, 3), (3, 9), (2, 2), (16, 8), (17, 8), (5, 16), (1, 4)]
     requests = draw_requests(sizes)
     batches = []
     scores = score_continuations(

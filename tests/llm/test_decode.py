@@ -1,20 +1,24 @@
 import functools
+from _statistics import assert_mean_close
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _statistics import assert_mean_close
-from _table_lm import scripted_params, table_law, table_lm, table_params, table_scores
 
+from _lm_models import TINY, random_params, random_tokens
+from _table_lm import scripted_params, table_law, table_lm, table_params, table_scores
+from emfuse_jax.llm import language_model, logits
 from emfuse_jax.llm.decode import (
     bucket_length,
     check_prompt,
-    decode,
+    decode_tokens,
     generate,
     pad_left,
     start_decoding,
 )
+from emfuse_jax.llm.fuse import fuse_language_models
+from emfuse_jax.llm.rules import uniform
 
 VOCAB = 6
 MODEL = table_lm(VOCAB)
@@ -74,11 +78,13 @@ def test_chunks_equal_one_scan_bit_for_bit(params):
         return cache.count
 
     whole = compiled(8, **options, keep=keep)(params, key, *prompts)
-    state = start_decoding(params, MODEL, *prompts, 8)
-    parts = []
-    for size in (3, 1, 4):
+    start = jax.jit(lambda p, *arrays: start_decoding(p, MODEL, *arrays, 8))
+    state, parts = start(params, *prompts), []
+    for size in (3, 5):
         advance = jax.jit(
-            lambda p, k, s, n=size: decode(p, k, MODEL, s, n, **options, keep=keep)
+            lambda p, k, s, n=size: decode_tokens(
+                p, k, MODEL, s, n, **options, keep=keep
+            )
         )
         state, part = advance(params, key, state)
         parts.append(part)
@@ -96,7 +102,10 @@ def test_texts_are_drawn_as_often_as_the_law_says():
     draw = compiled(2, model=model, temperature=0.8)
     tokens, valid = pad_left([[2, 1]], length=2)
     found = draw(
-        params, jax.random.key(4), jnp.tile(tokens, (rows, 1)), jnp.tile(valid, (rows, 1))
+        params,
+        jax.random.key(4),
+        jnp.tile(tokens, (rows, 1)),
+        jnp.tile(valid, (rows, 1)),
     )
 
     def tempered(prefix):
@@ -111,13 +120,19 @@ def test_texts_are_drawn_as_often_as_the_law_says():
     )
     # Seen through: the law at temperature one, and a second token that ignores the first.
     plain = np.array(
-        [np.exp(table_scores(params, [2, 1], [a, b]).sum()) for a in range(3) for b in range(3)]
+        [
+            np.exp(table_scores(params, [2, 1], [a, b]).sum())
+            for a in range(3)
+            for b in range(3)
+        ]
     )
     assert (np.abs(plain - joint) > 5 * error).any()
     marginal = joint.reshape(3, 3).sum(0)
     assert (np.abs(np.outer(first, marginal).ravel() - joint) > 5 * error).any()
     # Log-probabilities are the model's own all the same.
-    scores = [table_scores(params, [2, 1], row).tolist() for row in found.tokens[:5].tolist()]
+    scores = [
+        table_scores(params, [2, 1], row).tolist() for row in found.tokens[:5].tolist()
+    ]
     np.testing.assert_allclose(found.log_probs[:5], scores, rtol=1e-4)
 
 
@@ -152,9 +167,14 @@ def test_keep_sees_the_cache_that_predicts_the_token_at_hand(params):
 
 def test_the_cache_has_room_for_the_prompt_and_every_new_token(params):
     tokens, valid = pad_left(PROMPTS)
-    state = start_decoding(params, MODEL, tokens, valid, 8)
+
+    @jax.jit
+    def run(params, tokens, valid):
+        state = start_decoding(params, MODEL, tokens, valid, 8)
+        return decode_tokens(params, jax.random.key(0), MODEL, state, 8)
+
+    state, found = run(params, tokens, valid)
     assert state.cache.tokens.shape[1] == tokens.shape[1] + 8
-    state, found = decode(params, jax.random.key(0), MODEL, state, 8)
     assert int(state.cache.column) == state.cache.tokens.shape[1]
     np.testing.assert_array_equal(state.cache.tokens[:, -8:], found.tokens)
     prompt = np.where(valid, tokens, -1)
@@ -179,6 +199,24 @@ def test_where_every_token_is_impossible_nothing_is_nan():
     assert found.tokens.tolist() == [[1, 0, 1]]
     assert np.isneginf(found.log_probs[0, 1])
     assert np.isfinite(found.log_probs[0, 2])
+
+
+def test_fused_transformers_decode_the_argmax_of_the_pool_of_their_uncached_laws():
+    experts = [random_params(TINY, seed) for seed in (0, 1)]
+    model = fuse_language_models([language_model(TINY)] * 2, uniform())
+    prompts = [random_tokens(i, (size,)).tolist() for i, size in enumerate((3, 9))]
+    found = compiled(6, model=model, temperature=0.0)(
+        tuple(experts), jax.random.key(0), *pad_left(prompts)
+    )
+    texts = [p + new for p, new in zip(prompts, found.tokens.tolist(), strict=True)]
+    padded = jnp.array([text + [0] * (15 - len(text)) for text in texts])
+    read = jax.jit(lambda p: jax.nn.log_softmax(logits(TINY, p, padded, padded >= 0)))
+    pooled = np.mean([read(params) for params in experts], axis=0)
+    for row, prompt in enumerate(prompts):
+        columns = pooled[row, len(prompt) - 1 : len(prompt) + 5]
+        assert np.argmax(columns, axis=-1).tolist() == found.tokens[row].tolist()
+        expected = jnp.max(jax.nn.log_softmax(columns), axis=-1)
+        np.testing.assert_allclose(found.log_probs[row], expected, rtol=1e-3)
 
 
 def test_buckets_are_powers_of_two_within_bounds():
@@ -212,7 +250,9 @@ def test_bad_prompts_are_named():
         check([[]], length=0)
     with pytest.raises(ValueError, match="no prompt"):
         check([])
-    with pytest.raises(ValueError, match=r"prompt 1 has 61 tokens and 4 more.* 64; cut"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has 61 tokens and 4 more.* 64; cut"
+    ):
         check([[1], [1] * 61])
     with pytest.raises(ValueError, match="ask for fewer new tokens"):
         check([[1]], 64)

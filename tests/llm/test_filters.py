@@ -1,8 +1,9 @@
+from _statistics import assert_mean_close
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _statistics import assert_mean_close
 
 from emfuse_jax.llm.filters import (
     check_filters,
@@ -15,6 +16,9 @@ from emfuse_jax.llm.filters import (
 
 PROBS = np.array([0.10, 0.40, 0.05, 0.25, 0.20])
 LOGITS = jnp.log(jnp.asarray(PROBS, jnp.float32)) + 3.0  # an offset is no matter
+
+
+jitted = jax.jit(filter_logits, static_argnames="top_k")
 
 
 def kept(logits):
@@ -89,14 +93,16 @@ def test_tokens_of_equal_probability_share_their_fate():
 def test_impossible_tokens_make_no_nan_and_are_never_drawn():
     logits = jnp.array([-jnp.inf, 1.0, -jnp.inf, 0.0])
     options = {"temperature": 0.7, "top_k": 3, "top_p": 0.999, "min_p": 0.01}
-    filtered = filter_logits(logits, **options)
+    filtered = jitted(logits, **options)
     assert kept(filtered) == [0, 1, 0, 1]
-    nothing = filter_logits(jnp.full(4, -jnp.inf), **options)
+    nothing = jitted(jnp.full(4, -jnp.inf), **options)
     assert not np.isnan(nothing).any()
     rows = jnp.broadcast_to(logits, (500, 4))
-    drawn = np.asarray(sample_token(jax.random.key(1), rows, **options))
+    draw = jax.jit(lambda key, rows: sample_token(key, rows, **options))
+    drawn = np.asarray(draw(jax.random.key(1), rows))
     assert set(drawn.tolist()) == {1, 3}
-    assert int(sample_token(jax.random.key(1), jnp.full(4, -jnp.inf))) == 0
+    nowhere = jnp.full((500, 4), -jnp.inf)
+    assert not draw(jax.random.key(1), nowhere).any()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,8 @@ def test_impossible_tokens_make_no_nan_and_are_never_drawn():
 )
 def test_tokens_are_drawn_as_often_as_the_filtered_law_says(options):
     rows = jnp.broadcast_to(LOGITS, (20_000, 5))
-    drawn = sample_token(jax.random.key(2), rows, **options)
+    draw = jax.jit(lambda key, rows: sample_token(key, rows, **options))
+    drawn = draw(jax.random.key(2), rows)
     law = np.asarray(jax.nn.softmax(filter_logits(LOGITS, **options)), np.float64)
     frequencies = np.eye(5)[np.asarray(drawn)]
     error = assert_mean_close(frequencies, law, std=np.sqrt(law * (1 - law)))
@@ -117,19 +124,19 @@ def test_greedy_is_the_argmax_and_the_first_of_several():
     logits = jax.random.normal(jax.random.key(3), (50, 9))
     greedy = sample_token(jax.random.key(4), logits, temperature=0.0)
     np.testing.assert_array_equal(greedy, np.argmax(logits, axis=-1))
-    assert int(sample_token(jax.random.key(4), jnp.array([0.0, 1, 1]), temperature=0)) == 1
+    assert (
+        int(sample_token(jax.random.key(4), jnp.array([0.0, 1, 1]), temperature=0)) == 1
+    )
     # A low temperature comes to the same; a high one does not.
-    cold = sample_token(jax.random.key(4), logits, temperature=1e-4)
-    np.testing.assert_array_equal(cold, greedy)
-    hot = sample_token(jax.random.key(4), logits, temperature=100.0)
+    draw = jax.jit(lambda key, t: sample_token(key, logits, temperature=t))
+    np.testing.assert_array_equal(draw(jax.random.key(4), 1e-4), greedy)
+    hot = draw(jax.random.key(4), 100.0)
     assert (np.asarray(hot) != np.asarray(greedy)).mean() > 0.5
 
 
 def test_options_may_be_traced():
     def draw(temperature, top_p, min_p):
-        return filter_logits(
-            LOGITS, temperature=temperature, top_p=top_p, min_p=min_p
-        )
+        return filter_logits(LOGITS, temperature=temperature, top_p=top_p, min_p=min_p)
 
     traced = jax.jit(draw)(0.5, 0.7, 0.1)
     np.testing.assert_allclose(traced, draw(0.5, 0.7, 0.1), rtol=1e-6)

@@ -3,17 +3,17 @@ import functools
 import jax
 import numpy as np
 import pytest
-from _table_lm import scripted_params, table_lm, table_params
 from hypothesis import given
 from hypothesis import strategies as st
 
+from _table_lm import scripted_params, table_lm, table_params
 from emfuse_jax.llm.decode import Generation, generate, pad_left
 from emfuse_jax.llm.stream import (
     compile_decoder,
     complete,
     settled_text,
-    stream,
     stream_chunks,
+    stream_text,
 )
 
 PIECES = ["a", "b", "ab", "c", "\n", "<end>"]
@@ -42,23 +42,35 @@ def scripted(script, *, start=2):
 
 def pieces_of(decoder, params, prompt, new_tokens, detokenize=text_of, **options):
     return list(
-        stream(params, KEY, decoder, detokenize, prompt, new_tokens, **options)
+        stream_text(params, KEY, decoder, detokenize, prompt, new_tokens, **options)
     )
+
+
+def tokens_of(pieces):
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def log_probs_of(pieces):
+    return [log_prob for piece in pieces for log_prob in piece.log_probs]
+
+
+@functools.cache
+def one_generation():
+    """Of seven tokens, sampled, and the params and prompt that it is of."""
+    params, prompt = table_params(jax.random.key(5), len(PIECES)), [1, 0, 3]
+    found = jax.jit(lambda p, *arrays: generate(p, KEY, MODEL, *arrays, 7))(
+        params, *pad_left([prompt])
+    )
+    return params, prompt, found
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_a_stream_is_one_generation_whatever_its_chunks(chunk):
-    params = table_params(jax.random.key(5), len(PIECES))
-    decoder = compile_decoder(MODEL, chunk=chunk, temperature=0.9)
-    prompt = [1, 0, 3]
-    whole = jax.jit(lambda p, k, t, v: generate(p, k, MODEL, t, v, 7, temperature=0.9))(
-        params, KEY, *pad_left([prompt])
-    )
-    pieces = pieces_of(decoder, params, prompt, 7)
-    tokens = [token for piece in pieces for token in piece.tokens]
+    params, prompt, whole = one_generation()
+    pieces = pieces_of(compile_decoder(MODEL, chunk=chunk), params, prompt, 7)
+    tokens = tokens_of(pieces)
     assert tokens == whole.tokens[0].tolist()
-    log_probs = [x for piece in pieces for x in piece.log_probs]
-    np.testing.assert_array_equal(np.float32(log_probs), whole.log_probs[0])
+    np.testing.assert_array_equal(np.float32(log_probs_of(pieces)), whole.log_probs[0])
     assert "".join(piece.text for piece in pieces) == text_of(tokens)
     assert [piece.finish for piece in pieces][-1] == "length"
     assert all(piece.finish is None for piece in pieces[:-1])
@@ -75,10 +87,8 @@ def test_a_batch_completes_as_its_streams():
     for prompt, completion in zip(prompts, together, strict=True):
         pieces = pieces_of(decoder, params, prompt, 20, stop_strings=["\n\n"])
         assert "".join(piece.text for piece in pieces) == completion.text
-        assert sum((piece.tokens for piece in pieces), []) == completion.tokens
-        np.testing.assert_allclose(
-            sum((piece.log_probs for piece in pieces), []), completion.log_probs
-        )
+        assert tokens_of(pieces) == completion.tokens
+        np.testing.assert_allclose(log_probs_of(pieces), completion.log_probs)
         assert pieces[-1].finish == completion.finish
 
 
@@ -91,7 +101,7 @@ def test_a_stop_string_is_found_across_tokens(chunk):
     shown = "".join(piece.text for piece in pieces)
     assert shown == "aa"
     # No part of it was ever shown, and the tokens end with the one that completes it.
-    assert sum((piece.tokens for piece in pieces), []) == [0, 2, 3, 4]
+    assert tokens_of(pieces) == [0, 2, 3, 4]
     assert len(pieces[-1].log_probs) == len(pieces[-1].tokens)
     assert pieces[-1].finish == "stop_string"
     (completion,) = complete(
@@ -112,9 +122,7 @@ def test_text_that_may_become_a_stop_string_is_held_back():
 def test_characters_are_shown_when_all_their_bytes_are_there():
     script = list("né 1€ 😀!".encode())
     params = scripted_params(script, 256, start=1)
-    pieces = pieces_of(
-        greedy(1, BYTES), params, [0], len(script), detokenize=bytes_of
-    )
+    pieces = pieces_of(greedy(1, BYTES), params, [0], len(script), detokenize=bytes_of)
     texts = [piece.text for piece in pieces]
     assert [text for text in texts if text] == ["n", "é", " ", "1", "€", " ", "😀", "!"]
     assert len(texts) == len(script)
@@ -128,7 +136,7 @@ def test_a_stop_token_ends_the_text_and_is_not_in_it():
     decoder = greedy(2, stop_tokens=(5,))
     pieces = pieces_of(decoder, params, [0, 0], 5)
     assert [piece.text for piece in pieces] == ["ab", ""]
-    assert sum((piece.tokens for piece in pieces), []) == [0, 1, 5]
+    assert tokens_of(pieces) == [0, 1, 5]
     assert pieces[-1].finish == "stop_token"
     # Its text may be a stop string as well without being taken for one.
     (completion,) = complete(
