@@ -62,7 +62,7 @@ def check_plan(experts: Mergeable, ridge: float, num_samples: int) -> None:
             raise ValueError(
                 f"{name} has {rows} rows to measure its widest layer on, which reads "
                 f"{plan.memory.widest} inputs: the Gram would be singular. Give more "
-                f"--data or raise --num_samples={num_samples}, or give --ridge=1e-6, which "
+                f"--data or raise --num_samples={num_samples}, or give --ridge=1e-4, which "
                 "pulls towards the soup where nothing was measured"
             )
 

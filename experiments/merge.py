@@ -14,6 +14,7 @@ errors of every expert and of the merged model.
 
 import dataclasses
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from emfuse_jax.merging.regmean import check_options
 from experiments._measure import require
 from experiments._merging import Mergeable, check_plan, describe_memory
 from experiments._progress import Progress
-from experiments._run import open_run, run_main
+from experiments._run import Run, open_run, run_main
 from experiments._tables import to_plain
 
 RESULT_FILE = "merge.json"
@@ -92,18 +93,29 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     if experts.plan is not None:
         check_plan(experts, config.ridge, config.num_samples)
         print(describe_memory(experts.plan.memory, len(experts.names)), flush=True)
-    # Nothing may fail for its input from here on: the directory would be left behind.
-    with open_run(config.run_dir, config, kind="merge") as run:
-        if (run.path / RESULT_FILE).exists():
-            result = artifacts.read_json(run.path / RESULT_FILE)
-        else:
-            with run.stage("merge"):
-                params, facts = _merge(config, experts)
-            experts.save(run, params)
-            with run.stage("measure"):
-                result = to_plain(facts | _measure(config, experts, params))
-            run.write_json(RESULT_FILE, result)
+    created = False
+    try:
+        with open_run(config.run_dir, config, kind="merge") as run:
+            created = not run.resumed
+            result = _run(run, config, experts)
+    except ValueError:
+        # That Grams are singular shows when they are solved: nothing is left behind.
+        if created:
+            shutil.rmtree(config.run_dir)
+        raise
     _print(result)
+    return result
+
+
+def _run(run: Run, config: MergeConfig, experts: Mergeable) -> dict[str, Any]:
+    if (run.path / RESULT_FILE).exists():
+        return artifacts.read_json(run.path / RESULT_FILE)
+    with run.stage("merge"):
+        params, facts = _merge(config, experts)
+    experts.save(run, params)
+    with run.stage("measure"):
+        result = to_plain(facts | _measure(config, experts, params))
+    run.write_json(RESULT_FILE, result)
     return result
 
 

@@ -104,7 +104,7 @@ def check_options(shrinkage: float, ridge: float) -> None:
             "are (the published α is 1 - shrinkage)"
         )
     if not (ridge >= 0.0 and np.isfinite(ridge)):
-        raise ValueError(f"ridge={ridge}; expected 0 or a small number such as 1e-6")
+        raise ValueError(f"ridge={ridge}; expected 0 or a small number such as 1e-4")
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray, tolerance: float) -> np.ndarray:
@@ -124,24 +124,26 @@ def _solve(matrix: np.ndarray, right: np.ndarray, tolerance: float) -> np.ndarra
     if silent:
         raise ValueError(
             f"{silent} of {len(diagonal)} inputs were always 0, so the Grams are singular; "
-            "give a ridge such as 1e-6, which keeps the mean's weights there"
+            "give a ridge such as 1e-4, which keeps the mean's weights there"
         )
     # Units of one: inputs of very different size make no layer ill-conditioned.
     unit = 1.0 / np.sqrt(diagonal)
     matrix *= unit[:, None]
     matrix *= unit[None]
     norm = float(np.max(np.sum(np.abs(matrix), axis=0)))
-    factor, reciprocal = matrix, 0.0
+    factor, smallest = matrix, 0.0
     try:
         factor = linalg.cholesky(matrix, overwrite_a=True, check_finite=False)
         (pocon,) = linalg.get_lapack_funcs(("pocon",), (factor,))
-        reciprocal = float(pocon(factor, norm)[0])
+        # At most the smallest eigenvalue: below the Grams' rounding it is noise.
+        smallest = float(pocon(factor, norm)[0]) * norm
     except linalg.LinAlgError:
         pass
-    if reciprocal < tolerance:
+    if smallest < tolerance:
         raise ValueError(
-            f"the Grams of {len(unit)} inputs are singular (reciprocal condition number "
-            f"{reciprocal:.1g}); measure on more data, or give a ridge such as 1e-6"
+            f"the Grams of {len(unit)} inputs are singular (with inputs in units of their "
+            f"size, the smallest eigenvalue is about {smallest:.1g}); measure on more data, "
+            "or give a larger ridge, such as 1e-4"
         )
     solved = linalg.cho_solve((factor, False), unit[:, None] * right)
     return unit[:, None] * solved
@@ -315,5 +317,5 @@ def _check_grams(
                 raise ValueError(
                     f"the Gram of {name} in model {index} was measured on {rows:.0f} rows "
                     f"and has {width} inputs; measure on at least {width}, or give a ridge "
-                    "such as 1e-6, which pulls towards the mean where nothing was measured"
+                    "such as 1e-4, which pulls towards the mean where nothing was measured"
                 )
