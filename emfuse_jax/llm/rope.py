@@ -135,7 +135,7 @@ def _yarn_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, head_dim - 1)
+    return max(float(low), 0.0), min(float(high), head_dim - 1.0)
 
 
 def _ramp(low: float, high: float, size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ a printable letter: the byte tokenizer and a byte-level BPE can be aligned by na
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from emfuse_jax.llm._chat import render_chat
 from emfuse_jax.llm._files import read_object, replace_file, write_object
@@ -23,6 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 """A conversation: dicts with ``role`` and ``content``."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to tokens and back.
 
