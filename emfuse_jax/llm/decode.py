@@ -6,6 +6,7 @@ each row. Row ``r`` draws token ``i`` from ``fold_in(fold_in(key, r), i)``: neit
 neighbours, nor the padding, nor the cuts of a stream change what a row draws.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtyping import Key as KeyArray
 
 from emfuse_jax.base import LanguageModel, Params, State
-from emfuse_jax.energy import boltzmann_log_prob
-from emfuse_jax.llm.filters import check_filters, sample_token
+from emfuse_jax.energy import log_partition
+from emfuse_jax.llm.filters import check_filters, is_greedy, sample_token
 
 __all__ = [
     "DecodeState",
@@ -189,21 +190,20 @@ def decode_tokens(
     if key.ndim == 0:
         rows = jnp.arange(state.token.shape[0])
         row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    draw = functools.partial(
+        sample_token, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
 
-    def choose(row_key: jax.Array, logits: jax.Array) -> jax.Array:
-        return sample_token(
-            row_key,
-            logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-        )
+    def choose(row_key: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
+        return draw(jax.random.fold_in(row_key, step), logits)
 
     def step(carry: DecodeState, _: None) -> tuple[DecodeState, tuple[Any, ...]]:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, carry.step)
-        drawn = jax.vmap(choose)(keys, carry.logits).astype(carry.token.dtype)
-        token = jnp.where(carry.stopped, carry.token, drawn)
+        if is_greedy(temperature):
+            drawn = jnp.argmax(carry.logits, axis=-1)
+        else:
+            each = jax.vmap(choose, in_axes=(0, None, 0))
+            drawn = each(row_keys, carry.step, carry.logits)
+        token = jnp.where(carry.stopped, carry.token, drawn.astype(carry.token.dtype))
         log_prob = token_log_prob(carry.logits, token)
         kept = None if keep is None else keep(carry.cache)
         logits, cache = model.step(params, token, carry.cache)
@@ -230,8 +230,9 @@ def token_log_prob(
         >>> print(f"{token_log_prob(jnp.zeros(4), jnp.array(1)):.4f}")
         -1.3863
     """
-    log_probs = boltzmann_log_prob(-logits)
-    return jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+    log_z = log_partition(-logits)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return jnp.where(log_z == -jnp.inf, -jnp.inf, chosen - log_z)
 
 
 def bucket_length(length: int, *, minimum: int = 16, maximum: int | None = None) -> int:

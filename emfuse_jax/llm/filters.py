@@ -30,6 +30,7 @@ from emfuse_jax.energy import boltzmann_log_prob
 __all__ = [
     "check_filters",
     "filter_logits",
+    "is_greedy",
     "min_p_filter",
     "sample_token",
     "top_k_filter",
@@ -124,7 +125,7 @@ def filter_logits(
             is no law to filter then; `sample_token` takes the likeliest).
     """
     check_filters(temperature, top_k, top_p, min_p)
-    if _is_zero(temperature):
+    if is_greedy(temperature):
         raise ValueError(
             "temperature 0 has no law to filter; take the argmax, as sample_token does"
         )
@@ -166,13 +167,23 @@ def sample_token(
         >>> sample_token(jax.random.key(0), logits, temperature=0.0).tolist()
         [1, 0]
     """
-    if _is_zero(temperature):
+    if is_greedy(temperature):
         check_filters(temperature, top_k, top_p, min_p)
         return jnp.argmax(logits, axis=-1)
     kept = filter_logits(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     return jax.random.categorical(key, kept, axis=-1)
+
+
+def is_greedy(temperature: Any) -> bool:
+    """Whether the temperature is 0; a traced one never counts as 0.
+
+    Example:
+        >>> is_greedy(0), is_greedy(0.7)
+        (True, False)
+    """
+    return _known(temperature) and float(temperature) == 0.0
 
 
 def check_filters(
@@ -203,7 +214,3 @@ def check_filters(
 
 def _known(value: Any) -> bool:
     return not isinstance(value, Tracer)
-
-
-def _is_zero(temperature: Any) -> bool:
-    return _known(temperature) and float(temperature) == 0.0

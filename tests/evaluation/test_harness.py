@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -302,6 +303,12 @@ def test_chats_become_text(params):
     assert model.apply_chat_template(chat) == "ab\nc\n"
     with pytest.raises(ValueError, match="apply_chat_template=False"):
         model.apply_chat_template(chat, add_generation_prompt=False)
+
+
+def test_without_the_harness_its_extra_is_named(params, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(ImportError, match=r"pip install emfuse_jax\[llm_eval\]"):
+        harness_model(params, table_lm(VOCAB), TOKENIZER)
 
 
 def test_bad_requests_are_named(params):
