@@ -132,19 +132,24 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> str:
             f"vocab_size={vocab_size}; expected at least 257, the bytes and the separator"
         )
     try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        import tokenizers
     except ImportError as error:
         raise ImportError(
             "training a tokenizer needs tokenizers: pip install emfuse_jax[llm]"
         ) from error
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[SEPARATOR],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(iter(texts), trainer)
+    # Where special tokens are asked for, a text begins as it did in training.
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, 0)]
+    )
     return tokenizer.to_str(pretty=True)

@@ -74,7 +74,8 @@ def test_tokenizers_give_the_text_back():
         tokenizer = tokenizers.Tokenizer.from_str(text)
         assert tokenizer.get_vocab_size() == vocab_size
         assert tokenizer.token_to_id(SEPARATOR) == 0
-        ids = tokenizer.encode(odd).ids
+        ids = tokenizer.encode(odd, add_special_tokens=False).ids
+        assert tokenizer.encode(odd).ids == [0, *ids]
         assert tokenizer.decode(ids) == odd
         sizes[vocab_size] = len(ids)
         assert train_bpe(texts, vocab_size) == text
