@@ -30,7 +30,7 @@ from benchmarks import _report
 from benchmarks import _timing as timing
 from emfuse_jax.base import LanguageModel, Params
 from emfuse_jax.llm.config import LmConfig
-from emfuse_jax.llm.decode import decode, start_decoding
+from emfuse_jax.llm.decode import decode_tokens, start_decoding
 from emfuse_jax.llm.fuse import fuse_language_models
 from emfuse_jax.llm.model import init_params, language_model
 from emfuse_jax.llm.rules import emselect, uniform
@@ -150,7 +150,7 @@ def compiled_decode(
         return start_decoding(params, model, tokens, valid, num_tokens)
 
     def run(params: Params, key: jax.Array, state: Any) -> Any:
-        return decode(params, key, model, state, num_tokens, temperature=0.0)[1]
+        return decode_tokens(params, key, model, state, num_tokens, temperature=0.0)[1]
 
     state = jax.jit(start)(params, tokens)
     return timing.compiled(run, params, jax.random.key(2), state)
