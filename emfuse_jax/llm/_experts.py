@@ -28,7 +28,7 @@ class Experts(NamedTuple):
 
     init_cache: Callable[[int, int], State]
     call: Callable[..., tuple[Float[Array, "model *batch vocab"], State]]
-    count: int
+    num_models: int
     vocab_size: int
     context_length: int
 

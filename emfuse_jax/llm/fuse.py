@@ -102,7 +102,7 @@ def _fused_model(experts: Experts, rule: FusionRule) -> LanguageModel:
             experts=experts.init_cache(batch_size, length),
             rule=state,
             log_probs=log_probs,
-            weights=jnp.full(log_probs.shape[:-1], 1.0 / experts.count),
+            weights=jnp.full(log_probs.shape[:-1], 1.0 / experts.num_models),
             started=jnp.zeros(batch_size, bool),
         )
 
@@ -164,7 +164,8 @@ def _fuse(
     rule: FusionRule, state: State, log_probs: Float[Array, "model batch vocab"]
 ) -> tuple[Float[Array, "batch vocab"], Float[Array, "model batch"]]:
     """The fused law and the weights in it: the one place where experts are pooled."""
-    weights = rule.weights(state, log_probs)
+    # Folded into the pool, constant weights make XLA's CPU program ten times slower.
+    weights = jax.lax.optimization_barrier(rule.weights(state, log_probs))
     pool = linear_opinion_pool if rule.linear else log_opinion_pool
     return pool(log_probs, weights), weights
 
@@ -233,7 +234,7 @@ def _blank(
     rule: FusionRule, experts: Experts, batch_size: int
 ) -> tuple[State, Float[Array, "model batch vocab"]]:
     """The rule's state before any text, and laws that say nothing."""
-    shape = (experts.count, batch_size, 1, experts.vocab_size)
+    shape = (experts.num_models, batch_size, 1, experts.vocab_size)
     log_probs = jnp.full(shape, -np.log(experts.vocab_size))
     nothing = jnp.zeros((batch_size, 1), jnp.int32)
     state = rule.init(log_probs, nothing, nothing.astype(bool))
@@ -253,8 +254,8 @@ def _check_rule(rule: FusionRule, experts: Experts) -> None:
         return rule.weights(state, log_probs)
 
     shape = jax.eval_shape(weights).shape
-    if shape != (experts.count, 1):
+    if shape != (experts.num_models, 1):
         raise ValueError(
-            f"the rule's weights have shape {shape} for {experts.count} experts and one "
-            f"row, expected {(experts.count, 1)}"
+            f"the rule's weights have shape {shape} for {experts.num_models} experts and one "
+            f"row, expected {(experts.num_models, 1)}"
         )

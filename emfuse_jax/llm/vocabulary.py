@@ -113,14 +113,16 @@ def map_vocabulary(
     partner = partner.copy()
     if not matched.all():
         nearest = _Nearest(expert)
-        for token in np.flatnonzero(~matched):
+        for token in map(int, np.flatnonzero(~matched)):
             partner[token] = nearest(reference[token])
     share = _shares(partner, matched, len(expert), share_inexact)
     orphans = np.setdiff1d(np.arange(len(expert)), partner)
     adopted_by = np.zeros(0, np.int32)
     if orphans.size:
         nearest = _Nearest(reference)
-        adopted_by = np.array([nearest(expert[token]) for token in orphans], np.int32)
+        adopted_by = np.array(
+            [nearest(expert[token]) for token in map(int, orphans)], np.int32
+        )
     identity = len(reference) == len(expert) and bool(
         (partner == np.arange(len(reference))).all() and matched.all()
     )
@@ -280,8 +282,8 @@ def _refuse(
     used: np.ndarray,
     min_exact: float,
 ) -> None:
-    without = [reference[token] for token in np.flatnonzero(~matched)[:5]]
-    unused = [expert[token] for token in np.flatnonzero(~used)[:5]]
+    without = [reference[token] for token in np.flatnonzero(~matched)[:5].tolist()]
+    unused = [expert[token] for token in np.flatnonzero(~used)[:5].tolist()]
     least = np.floor(100 * min(matched.mean(), used.mean())) / 100
     raise ValueError(
         f"{matched.sum()} of {len(reference)} reference tokens have an exact match "
