@@ -18,6 +18,7 @@ from emfuse_jax import artifacts
 from experiments import _flags
 from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
+from experiments._tables import to_plain
 
 _LOCK = ".lock"
 
@@ -141,6 +142,14 @@ class Run:
         artifacts.write_json(path, value)
         return path
 
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON result that is made once: by ``make()``, now or in an earlier start."""
+        path = self.path / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.write_json(path, to_plain(make()))
+        return artifacts.read_json(path)
+
     def close(self) -> None:
         """Closes the files and lets another process open the directory."""
         self.metrics.close()
@@ -246,7 +255,7 @@ def run_main(
         use_compilation_cache()
         main_fn(parsed.config)
         return 0
-    except (ValueError, OSError, flags.Error) as error:
+    except (ValueError, OSError, ImportError, flags.Error) as error:
         if "--traceback" in argv:
             raise
         text = str(error).strip().split("\n\n")[0]
