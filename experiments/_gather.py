@@ -17,7 +17,8 @@ from emfuse_jax import artifacts
 from experiments._returns import summarize_scores
 
 POLICY, MODEL, FUSION, DEMO = "train_policy", "train_dynamics", "fuse_dynamics", "demo"
-KINDS = (POLICY, MODEL, FUSION, DEMO)
+LM_EXPERTS, LM_FUSION = "train_lm_experts", "fuse_llm"
+KINDS = (POLICY, MODEL, FUSION, LM_EXPERTS, LM_FUSION, DEMO)
 
 
 class RunFiles(NamedTuple):

@@ -12,15 +12,16 @@ else of its own last evaluation.
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from emfuse_jax import artifacts
-from experiments import _gather, _plots
+from experiments import _gather, _lm_report, _plots
 from experiments._gather import RunFiles
 from experiments._measure import require
 from experiments._run import run_main
-from experiments._tables import Column, markdown_table, to_plain
+from experiments._sections import Section, draw, markdown
+from experiments._tables import Column, to_plain
 
 KIND = "report"
 
@@ -30,7 +31,8 @@ class ReportConfig:
     """Settings of a report.
 
     Attributes:
-        runs: run directories of train_dynamics, fuse_dynamics, train_policy and demo.
+        runs: run directories of train_dynamics, fuse_dynamics, train_policy,
+            train_lm_experts, fuse_llm and demo.
         behaviour: JSON files that evaluate wrote of behaviour policies.
         out: folder of report.md, report.json and the pictures; a run directory, an
             earlier report, or a new one.
@@ -45,16 +47,6 @@ class ReportConfig:
     landscape: bool = True
 
 
-class Section(NamedTuple):
-    """A heading with a table, pictures as ``(file, what it shows)``, and lines of text."""
-
-    title: str
-    rows: Sequence[dict[str, Any]]
-    columns: Sequence[Column]
-    figures: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
-
-
 def report(config: ReportConfig) -> dict[str, Any]:
     """Writes the report and returns what its JSON holds."""
     require(config, "runs", "out")
@@ -65,6 +57,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         *_return_sections(runs, behaviours, out),
         *(s for r in runs if r.kind == _gather.FUSION for s in _fusion(r, out, config)),
         *_model_sections(runs, out),
+        *_lm_report.sections(runs, out),
         *_second_sections(runs),
     ]
     content = to_plain(
@@ -81,17 +74,6 @@ def report(config: ReportConfig) -> dict[str, Any]:
     artifacts.write_json(out / "report.json", content)
     print(f"{out / 'report.md'}")
     return content
-
-
-def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report's text."""
-    parts = [f"# {title}"]
-    for section in sections:
-        parts.append(f"## {section.title}")
-        parts.append(markdown_table(section.rows, section.columns))
-        parts += section.notes
-        parts += [f"![{caption}]({file})" for file, caption in section.figures]
-    return "\n\n".join(parts) + "\n"
 
 
 def _folder(path: str) -> pathlib.Path:
@@ -135,7 +117,7 @@ def _return_sections(
     curves = _gather.return_curves(runs, behaviours)
     figures = []
     if curves["curves"]:
-        figures = _draw(out, "returns.png", _plots.learning_curves, curves)
+        figures = draw(out, "returns.png", _plots.learning_curves, curves)
     columns = [
         Column("policy", "policy"),
         Column("origin", "origin"),
@@ -180,13 +162,13 @@ def _fusion(run: RunFiles, out: pathlib.Path, config: ReportConfig) -> list[Sect
     )
     figures, notes = _landscape(run, out) if config.landscape else ([], [])
     prefix = "" if run.name == "fused" else f"{run.name}-"
-    bars = _draw(
+    bars = draw(
         out, f"{prefix}errors.png", _plots.model_error_bars, _gather.error_bars(run)
     )
-    steps = _draw(
+    steps = draw(
         out, f"{prefix}k_step.png", _plots.k_step_errors, _gather.k_step_curves(run)
     )
-    clouds = _draw(
+    clouds = draw(
         out,
         f"{prefix}uncertainty.png",
         _plots.uncertainty_against_error,
@@ -214,7 +196,7 @@ def _landscape(
         data = energy_slices(run)
     except FileNotFoundError as error:
         return [], [f"No energy landscape: {error}."]
-    drawn = _draw(out, f"{prefix}landscape.png", _plots.energy_landscapes, data)
+    drawn = draw(out, f"{prefix}landscape.png", _plots.energy_landscapes, data)
     return drawn, []
 
 
@@ -231,7 +213,7 @@ def _model_sections(runs: Sequence[RunFiles], out: pathlib.Path) -> list[Section
     curves, figures = _gather.validation_curves(runs), []
     if curves["curves"]:
         label = {"y_label": "validation one-step RMS (std of Δs)"}
-        figures = _draw(out, "validation.png", _plots.learning_curves, curves, **label)
+        figures = draw(out, "validation.png", _plots.learning_curves, curves, **label)
     return [Section("Training of the models", rows, columns, figures)]
 
 
@@ -246,20 +228,6 @@ def _second_sections(runs: Sequence[RunFiles]) -> list[Section]:
         Column("cpu", "CPU seconds", 1),
     ]
     return [Section("Seconds per stage", rows, columns)]
-
-
-def _draw(
-    out: pathlib.Path,
-    name: str,
-    plot: Callable[..., pathlib.Path],
-    data: dict[str, Any],
-    **options: Any,
-) -> list[tuple[str, str]]:
-    """Draws into ``figures/``; returns the link and a caption for the Markdown."""
-    if not next(iter(data.values()), None):
-        return []
-    path = plot(data, out / "figures" / name, **options)
-    return [(str(path.relative_to(out)), path.stem.replace("_", " "))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
