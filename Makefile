@@ -52,7 +52,7 @@ docs: $(VENV)/.docs
 		build/docs/source build/docs/html
 
 # The studies take data and hours of their own: see their --help.
-STUDIES := benchmarks/control.py benchmarks/model_quality.py
+STUDIES := benchmarks/control.py benchmarks/llm_study.py benchmarks/model_quality.py
 bench: $(VENV)/.torch $(VENV)/.run
 	@for script in $(filter-out $(STUDIES),$(wildcard benchmarks/[a-z]*.py)); do name=$$(basename $$script .py); \
 		echo "benchmarks.$$name"; \

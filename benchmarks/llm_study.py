@@ -20,7 +20,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
@@ -70,7 +70,7 @@ class LlmStudyConfig:
         window=256, batch_size=8, num_windows=240
     )
     seeds: tuple[int, ...] = (0, 1, 2)
-    regimes: tuple[Literal["shared", "scratch"], ...] = ("shared", "scratch")
+    regimes: tuple[str, ...] = ("shared", "scratch")
     validation: float = 0.3
     segment: int = 64
     num_mixed: int = 180
@@ -85,6 +85,10 @@ class LlmStudyConfig:
     smoke: bool = False
 
     def __post_init__(self) -> None:
+        if not self.regimes or not set(self.regimes) <= {"shared", "scratch"}:
+            raise ValueError(
+                f"regimes={','.join(self.regimes)}; expected shared, scratch, or both"
+            )
         window, prompt = self.experts.window, self.experts.prompt
         if not prompt < self.long_prompt < window:
             raise ValueError(
