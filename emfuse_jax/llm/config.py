@@ -30,11 +30,11 @@ _READ = {
     *("partial_rotary_factor", "attention_bias", "mlp_bias", "quantization_config"),
     *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
 }
-# Which of the logits' inputs these keys change: none.
+# Keys that change no logits. ``auto_map`` is not among them: it asks for code of its own.
 _HARMLESS = {
     *("_name_or_path", "architectures", "transformers_version", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
-    *("attention_dropout", "initializer_range", "pretraining_tp", "auto_map"),
+    *("attention_dropout", "initializer_range", "pretraining_tp"),
     *("output_attentions", "output_hidden_states", "return_dict", "id2label"),
     *("label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("finetuning_task", "task_specific_params", "tokenizer_class", "num_labels"),

@@ -59,7 +59,9 @@ def language_model(config: LmConfig) -> LanguageModel:
     it returns the logits after each row's last valid token, on whichever side the padding
     is; otherwise logits in padded columns mean nothing. Reading past the end of a cache is
     not noticed under jit: make it long enough. Positions beyond ``context_length`` are
-    computed, but no model was trained there.
+    computed, but no model was trained there. Scores take ``batch · head · time²`` floats at
+    a time in ``prefill`` and ``batch · head · time · length`` in ``extend``: a long prompt
+    can be read in pieces by the latter.
 
     Example:
         >>> config = LmConfig(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)

@@ -102,7 +102,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> N
         yield text
         for tensor in tensors.values():
             array = np.ascontiguousarray(tensor)
-            yield memoryview(array.reshape(-1).view(np.uint8))
+            yield array.reshape(-1).view(np.uint8).data
 
     replace_file(pathlib.Path(path), chunks())
 

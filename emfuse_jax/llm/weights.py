@@ -134,11 +134,12 @@ def load_params(folder: str | os.PathLike[str], config: LmConfig) -> Params:
                 "supported"
             )
         # A copy, laid out in the order of its new axes: the file may change or go away.
-        array = np.array(tensor.T if slot.transposed else tensor, order="C")
+        source = tensor.T if slot.transposed else tensor
+        array = np.array(source, jnp.dtype(config.dtype), order="C")
         place: Any = params
         for part in slot.path[:-1]:
             place = place[part]
-        place[slot.path[-1]] = jnp.asarray(array.astype(jnp.dtype(config.dtype)))
+        place[slot.path[-1]] = jnp.asarray(array)
     return params
 
 
@@ -178,9 +179,9 @@ def save_pretrained(
         for name, slot in slots.items()
     }
     write_tensors(folder / _SINGLE, tensors)
-    write_object(folder / "config.json", data)
     if tokenizer is not None:
         tokenizer.save(folder)
+    write_object(folder / "config.json", data)  # last: without it, nothing is loaded
 
 
 def _slots(config: LmConfig) -> dict[str, _Slot]:

@@ -109,6 +109,7 @@ def test_round_trip(name):
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.*unquantised"),
+        ({"auto_map": {"AutoModel": "a.B"}}, "auto_map="),
         ({"num_local_experts": 8}, "num_local_experts=8.*ignore="),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*yarn"),

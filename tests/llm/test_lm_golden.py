@@ -26,6 +26,7 @@ from emfuse_jax.llm.rope import attention_factor, frequencies
 torch = pytest.importorskip("torch", reason="the reference implementation is in torch")
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # models are so small that threads would wait for each other
 
 SIZES = {
     "vocab_size": 101,
@@ -186,10 +187,10 @@ def test_logits_and_greedy_decode_are_those_of_transformers(folder, case):
     np.testing.assert_array_equal(tokens, out.sequences[:, TOKENS.shape[1] :].numpy())
     expected = torch.stack(out.logits, 1).numpy()
     assert np.abs(found - expected).max() < 5e-6
-    whole = torch_logits(reference(case))
-    error = np.abs(our_logits(loaded) - whole)[VALID]
-    assert error.max() < 5e-6
-    assert np.abs(whole).max() > 2  # so that the bound means something
+    assert np.abs(expected).max() > 2  # so that the bound means something
+    if case in ("llama3", "qwen2", "qwen3"):  # without a cache, at all positions
+        error = np.abs(our_logits(loaded) - torch_logits(reference(case)))[VALID]
+        assert error.max() < 5e-6
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "rope" in str(CASES[name])])
