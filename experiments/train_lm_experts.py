@@ -29,6 +29,7 @@ from emfuse_jax.data.text import TextConfig, load_corpora
 from emfuse_jax.data.text_sources import available_sources, parse_sources
 from emfuse_jax.data.tokens import sample_token_windows, token_streams
 from emfuse_jax.llm.config import LmConfig
+from emfuse_jax.llm.model import init_params
 from emfuse_jax.llm.tokenizer import load_tokenizer
 from emfuse_jax.llm.train import LmTrainConfig, lm_learner, next_token_loss
 from emfuse_jax.llm.weights import load_params, save_pretrained
@@ -138,13 +139,15 @@ class TrainLmExpertsConfig:
 
 
 PRESETS = {
+    # Shallow and in small batches: so few updates are best spent like this.
     "demo": functools.partial(
         TrainLmExpertsConfig,
-        text=TextConfig(max_bytes=1_500_000),
-        model=LmSize(num_layers=3, hidden_size=96, intermediate_size=256),
-        base_steps=250,
-        expert_steps=100,
+        text=TextConfig(max_bytes=2_000_000),
+        model=LmSize(num_layers=2),
+        base_steps=900,
+        expert_steps=300,
         generalist=False,
+        batch_size=8,
         num_windows=64,
     ),
     "fast": TrainLmExpertsConfig,
@@ -206,6 +209,12 @@ def model_config(size: LmSize, *, vocab_size: int, context_length: int) -> LmCon
         context_length=context_length,
         tied=True,
     )
+
+
+def num_parameters(model: LmConfig) -> int:
+    """Numbers in one model, a tied embedding counted once."""
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), model))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
 
 def _prepare(config: TrainLmExpertsConfig, temporary: pathlib.Path) -> pathlib.Path:
@@ -332,7 +341,7 @@ def _finish(
         "domains": list(prepared.domains),
         "text": prepared.counts,
         "num_windows": {name: len(w) for name, w in prepared.windows.items()},
-        "num_parameters": sum(np.size(x) for x in jax.tree.leaves(params)),
+        "num_parameters": num_parameters(model),
         "models": {job.name: job._asdict() for job in jobs},
         "bits_per_byte": table,
         "cpu_seconds": {job.name: run.seconds(f"{job.name}, cpu") for job in jobs},

@@ -218,7 +218,7 @@ def _read_domain(
         "duplicates",
         "near_duplicates",
     )
-    counts = dict.fromkeys(keys, 0)
+    counts: dict[str, int] = dict.fromkeys(keys, 0)
     counts["files"] = len(files)
     kept: list[Document] = []
     budget = config.max_bytes

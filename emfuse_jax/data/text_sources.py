@@ -128,8 +128,8 @@ def parse_sources(texts: Sequence[str]) -> list[TextSource]:
         ValueError: for an unknown name, or a path without a name.
 
     Example:
-        >>> parse_sources(["law=texts/law/**/*.txt", "python"])[1].name
-        'python'
+        >>> [source.name for source in parse_sources(["python", "man"])]
+        ['python', 'man']
     """
     known = default_sources()
     sources: dict[str, TextSource] = {}

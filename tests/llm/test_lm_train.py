@@ -1,6 +1,8 @@
 """Training: the loss is the next token's, the schedule and the decay are as stated, and a
 source of known entropy is learned to its entropy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ CONFIG = LmConfig(
     tied=True,
 )
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 7, (3, 9)), jnp.int32)
+losses = jax.jit(functools.partial(next_token_loss, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,10 @@ def learner():
 
 def test_the_loss_is_of_the_token_that_follows(params):
     valid = jnp.ones(TOKENS.shape, bool)
-    scores = np.asarray(logits(CONFIG, params, TOKENS, valid), np.float64)
+    compiled = jax.jit(functools.partial(logits, CONFIG))
+    scores = np.asarray(compiled(params, TOKENS, valid), np.float64)
     log_probs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    loss = next_token_loss(CONFIG, params, TOKENS)
+    loss = losses(params, TOKENS)
     assert loss.shape == (3, 8)
     rows, columns = np.indices((3, 8))
     tokens = np.asarray(TOKENS)
@@ -54,12 +58,12 @@ def test_the_loss_is_of_the_token_that_follows(params):
 
 
 def test_padding_costs_nothing_and_changes_nothing(params):
-    alone = next_token_loss(CONFIG, params, TOKENS)
+    alone = losses(params, TOKENS)
     for left, right in ((2, 0), (0, 3)):
         pads = ((0, 0), (left, right))
         tokens = jnp.pad(TOKENS, pads, constant_values=5)
         valid = jnp.pad(jnp.ones(TOKENS.shape, bool), pads)
-        loss = np.asarray(next_token_loss(CONFIG, params, tokens, valid))
+        loss = np.asarray(losses(params, tokens, valid))
         np.testing.assert_allclose(loss[:, left : left + 8], alone, atol=1e-5)
         assert not loss[:, :left].any()
         assert not loss[:, left + 8 :].any()
@@ -103,7 +107,9 @@ def test_only_matrices_decay(params):
         ends.append(state.params)
     rate = metrics["learning_rate"]
     shrunk = jax.tree.map(lambda a, b: np.asarray(a - b), *ends)
-    for leaf, found in zip(jax.tree.leaves(start), jax.tree.leaves(shrunk), strict=True):
+    for leaf, found in zip(
+        jax.tree.leaves(start), jax.tree.leaves(shrunk), strict=True
+    ):
         expected = rate * 0.3 * leaf if leaf.ndim == 2 else jnp.zeros_like(leaf)
         np.testing.assert_allclose(found, expected, atol=2e-6)
     assert max(leaf.max() for leaf in jax.tree.leaves(shrunk)) > 1e-3
@@ -118,7 +124,7 @@ def test_an_update_leaves_what_it_was_given(learner, params):
     jax.tree.map(np.testing.assert_array_equal, before, state)
     assert all(jnp.shape(value) == () for value in metrics.values())
     assert int(new.step) == 1
-    loss = jnp.mean(next_token_loss(CONFIG, params, TOKENS))
+    loss = jnp.mean(losses(params, TOKENS))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     # Another number of steps is another state of the same program.
     update(jax.random.key(1), learner.init(jax.random.key(0), 20, params), TOKENS)
@@ -165,8 +171,8 @@ def test_a_markov_source_is_learned_to_its_entropy():
         state
     )
     keys = jax.random.split(jax.random.key(2), 20)
-    fresh = jnp.concatenate([draw(key, None) for key in keys])
-    loss = np.asarray(next_token_loss(CONFIG, state.params, fresh))
+    fresh = jax.jit(jax.vmap(lambda key: draw(key, None)))(keys).reshape(-1, length)
+    loss = np.asarray(losses(state.params, fresh))
     error = loss.mean(axis=1).std() / np.sqrt(len(loss))
     # Below the entropy by chance alone, above it by what is not learned yet.
     assert loss.mean() > entropy - 4 * error
