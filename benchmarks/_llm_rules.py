@@ -133,7 +133,7 @@ FIXED: dict[str, tuple[str, Options]] = {
 }
 """Rules without a choice: name, the library's rule, its options."""
 
-_RATES, _DECAYS = (0.25, 0.5, 1.0), (0.9, 0.95, 0.98, 1.0)
+_RATES, _DECAYS = (0.25, 0.5, 1.0), (0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 _SWITCH = (0.003, 0.01, 0.03, 0.1)
 CHOSEN: dict[str, tuple[str, list[Options]]] = {
     "entropy_adaptive": (
@@ -144,15 +144,15 @@ CHOSEN: dict[str, tuple[str, list[Options]]] = {
     "evidence": ("evidence", _grid(rate=_RATES, decay=_DECAYS)),
     "evidence, entropy": (
         "evidence",
-        _grid(rate=_RATES[1:], decay=_DECAYS[1:3], entropy_power=(0.25, 0.5, 1.0)),
+        _grid(rate=_RATES[:2], decay=_DECAYS[:4], entropy_power=(0.25, 0.5, 1.0)),
     ),
     "evidence, linear": (
         "evidence",
-        _grid(rate=_RATES[1:], decay=_DECAYS[1:], linear=(True,)),
+        _grid(rate=_RATES[1:], decay=_DECAYS[1:5], linear=(True,)),
     ),
     "exponentiated_gradient": (
         "exponentiated_gradient",
-        _grid(rate=(0.1, 0.25, 0.5), decay=(0.95, 0.98, 1.0)),
+        _grid(rate=(0.25, 0.5, 1.0), decay=(0.85, 0.9, 0.95, 0.98)),
     ),
     "switching": ("switching", _grid(rate=(0.25, 0.5, 1.0), switch=_SWITCH)),
     "switching, linear": (

@@ -29,10 +29,12 @@ class Texts(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """Multiple choice: ``texts`` holds the options of one question after another, prompt
-    and answer in one, the right one first."""
+    """Multiple choice. ``texts`` holds the options of one question after another, prompt
+    and answer in one, the right one first; ``alone`` the same answers after nothing but a
+    separator."""
 
     texts: Texts
+    alone: Texts
     num_options: int
 
 
@@ -107,7 +109,14 @@ def mixed_texts(windows: Sequence[Sequence[Window]], segment: int, count: int) -
 
 
 def questions(
-    windows: Sequence[Window], pool: Sequence[Window], domain: int, answer: int
+    windows: Sequence[Window],
+    pool: Sequence[Window],
+    domain: int,
+    *,
+    prompt: int,
+    answer: int,
+    starts: Sequence[int] = (0,),
+    separator: int = 0,
 ) -> Questions:
     """Which of several continuations, ``answer`` tokens each, is the prompt's own?
 
@@ -115,23 +124,33 @@ def questions(
         windows: whose questions are asked.
         pool: what their ``distractors`` number.
         domain: of all of them.
+        prompt: tokens.
         answer: tokens.
+        starts: where in a window a prompt begins, one question each.
+        separator: the token between documents.
+
+    Raises:
+        ValueError: if windows differ in the number of their distractors.
     """
     options = {len(window.distractors) for window in windows}
     if len(options) != 1:
         raise ValueError(
             f"windows with {sorted(options)} distractors; expected one count"
         )
-    tokens, units = [], []
-    for window in windows:
-        prompt, end = window.num_prompt, window.num_prompt + answer
-        right = window.tokens[prompt:end]
-        wrong = [pool[i].tokens[prompt:end] for i in window.distractors]
-        tokens += [window.tokens[:prompt] + other for other in (right, *wrong)]
+    tokens, alone, units = [], [], []
+    for window, start in itertools.product(windows, starts):
+        begin = start + prompt
+        given = window.tokens[start:begin]
+        others = [pool[index].tokens for index in window.distractors]
+        answers = [own[begin : begin + answer] for own in (window.tokens, *others)]
+        tokens += [given + own for own in answers]
+        alone += [(separator, *own) for own in answers]
         units.append(window.documents[0])
-    table = np.asarray(tokens, np.int32)
-    texts = Texts(table, np.full(table.shape, domain), tuple(units))
-    return Questions(texts, options.pop() + 1)
+    both = (
+        Texts(np.asarray(rows, np.int32), np.full(np.shape(rows), domain), tuple(units))
+        for rows in (tokens, alone)
+    )
+    return Questions(*both, num_options=options.pop() + 1)
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:

@@ -57,7 +57,7 @@ class LlmStudyConfig:
         num_mixed: mixed texts to report, at most.
         num_validation: texts per domain, and mixed ones, to choose on, at most.
         long_prompt: a second length of the prompts, in tokens.
-        answer: tokens of a multiple choice's answers.
+        answer: tokens of a multiple choice's answers; every window asks two questions.
         gram_texts: windows of training text per domain that RegMean measures on.
         pool_texts: texts per domain that the pool writes, for divergences along them.
         pool_tokens: of each.
@@ -95,10 +95,15 @@ class LlmStudyConfig:
                 f"long_prompt={self.long_prompt} must be between experts.prompt={prompt} "
                 f"and experts.window={window}"
             )
-        if not (0 < self.answer <= window - prompt >= self.pool_tokens > 0):
+        if not 0 < self.answer <= window // 2 - prompt:
             raise ValueError(
-                f"answer={self.answer} and pool_tokens={self.pool_tokens} must be "
-                f"positive and fit after the prompt: at most {window - prompt}"
+                f"answer={self.answer} must be positive, and two questions of experts.prompt="
+                f"{prompt} and answer have to fit into experts.window={window}"
+            )
+        if not 0 < self.pool_tokens <= window - prompt:
+            raise ValueError(
+                f"pool_tokens={self.pool_tokens} must be positive and fit after the prompt: "
+                f"at most {window - prompt}"
             )
         if window % self.segment or not prompt <= self.segment < window:
             raise ValueError(
@@ -177,7 +182,15 @@ def gather_material(config: LlmStudyConfig, folder: pathlib.Path) -> Material:
         found["mixed"] = texts.mixed_texts(windows, config.segment, count)
         material.append(found)
     asked = {
-        name: texts.questions(parts[1], prepared.windows[name], index, config.answer)
+        name: texts.questions(
+            parts[1],
+            prepared.windows[name],
+            index,
+            prompt=config.experts.prompt,
+            answer=config.answer,
+            starts=(0, config.experts.window // 2),
+            separator=tokenizer.eos_id,
+        )
         for index, (name, parts) in enumerate(zip(domains, parted, strict=True))
     }
     return Material(
@@ -331,12 +344,21 @@ def score_family(
         long = family.score(own, config.long_prompt, rules=used, plain=family.plain)[0]
         found[f"nats, {name}, long prompt"] = _sums(long)
         asked = material.questions[name]
-        answers = family.score(asked.texts, prompt, rules=used, plain=family.plain)[0]
-        found[f"correct, {name}"] = {
-            method: np.argmin(rows.sum(axis=1).reshape(-1, asked.num_options), axis=1)
-            == 0
-            for method, rows in answers.items()
-        }
+        parts = (asked.texts, prompt), (asked.alone, 1)
+        given, alone = (
+            _sums(family.score(*part, rules=used, plain=family.plain)[0])
+            for part in parts
+        )
+        for form, rows in {
+            "correct, {}": given,
+            "correct, {}, mutual information": {
+                method: nats - alone[method] for method, nats in given.items()
+            },
+        }.items():
+            found[form.format(name)] = {
+                method: np.argmin(nats.reshape(-1, asked.num_options), axis=1) == 0
+                for method, nats in rows.items()
+            }
         facts["pool"][name] = measure.sample_pool(
             family.models,
             family.experts,
@@ -476,6 +498,9 @@ def summarise(
         "bits_per_byte": table("nats, {}", prompt, every, against),
         "bits_per_byte_long_prompt": table(form, config.long_prompt, domains, against),
         "accuracy": table("correct, {}", None, domains, against),
+        "accuracy_mutual_information": table(
+            "correct, {}, mutual information", None, domains, against
+        ),
     }
 
 
@@ -495,10 +520,11 @@ def report(regimes: Mapping[str, Any], domains: Sequence[str]) -> str:
     """The tables as text."""
     lines = []
     for regime, part in regimes.items():
-        for name in ("bits_per_byte", "bits_per_byte_long_prompt", "accuracy"):
+        for name, found in part["tables"].items():
             columns = [*domains, "mean"] + ["mixed"] * (name == "bits_per_byte")
-            values = part["tables"][name]["values"]
-            text = tables.text_table(values, columns, descending=name == "accuracy")
+            text = tables.text_table(
+                found["values"], columns, descending=name.startswith("accuracy")
+            )
             lines += [f"{regime}: {name}", text, ""]
     return "\n".join(lines)
 
