@@ -196,18 +196,23 @@ class Matrix:
 
 def score_table(
     table: Mapping[str, Mapping[str, Any]],
+    difference: Mapping[str, Mapping[str, Any]],
     *,
+    baseline: str = "",
     best: str = "min",
-    digits: int = 3,
 ) -> tuple[list[dict[str, Any]], list[Column]]:
-    """A row per method, a column per domain; the mean over the domains last."""
+    """A row per method, a column per domain; the mean over the domains last, and its
+    difference to a baseline."""
     domains = list(table)
-    methods = list(next(iter(table.values()), {}))
     rows = [
         {"method": method, **{domain: table[domain][method] for domain in domains}}
-        for method in methods
+        for method in next(iter(table.values()), {})
     ]
-    columns = [Column(domain, domain, digits, best) for domain in domains]
+    columns = [Column(domain, domain, 3, best) for domain in domains]
+    if baseline:
+        apart = difference[domains[-1]]
+        rows = [{**row, "difference": apart[row["method"]]} for row in rows]
+        columns.append(Column("difference", f"{domains[-1]} − {baseline}", 3))
     return rows, [Column("method", "method"), *columns]
 
 

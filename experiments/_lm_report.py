@@ -60,19 +60,21 @@ def _matrix(group: Sequence[RunFiles], out: pathlib.Path) -> Iterator[Section]:
     results = [run.json("result.json") for run in group]
     first, name = results[0], _group_name(group)
     bits, right = first["bits_per_byte"], first["accuracy"]
+    apart, baseline = first["difference"], first["baseline"]
+    bits_apart, right_apart = apart["bits_per_byte"], apart["accuracy"]
     if len(group) > 1:
         files = {
             domain: [result["documents"][domain] for result in results]
             for domain in first["documents"]
         }
-        bits, _ = bits_per_byte_table(files)
-        right, _ = accuracy_table(files)
+        bits, bits_apart = bits_per_byte_table(files, baseline=baseline)
+        right, right_apart = accuracy_table(files, baseline=baseline)
     seeds = f"{len(group)} training seeds and " if len(group) > 1 else ""
     notes = [
         "Bits per byte of held-out text, given a prompt; lower is better. 95 % intervals "
         f"resample {seeds}documents, windows of one document together. “mixed” are windows "
-        "whose halves are of two domains; “mean” is over the other columns."
-        + _counted(first)
+        "whose halves are of two domains; “mean” is over the other columns. Differences "
+        "are of the same resamples." + _counted(first)
     ]
     if first.get("drawn"):
         notes.append(_drawn(first["drawn"]))
@@ -84,9 +86,11 @@ def _matrix(group: Sequence[RunFiles], out: pathlib.Path) -> Iterator[Section]:
     figures = draw(
         out, f"{name}_bits_per_byte.png", _lm_plots.domain_matrix, {"table": bits}
     )
-    yield Section(f"Bits per byte: {name}", *score_table(bits), figures, notes)
+    rows, columns = score_table(bits, bits_apart, baseline=baseline)
+    yield Section(f"Bits per byte: {name}", rows, columns, figures, notes)
     if right:
-        rows, columns = score_table(right, best="max")
+        options = {"baseline": baseline, "best": "max"}
+        rows, columns = score_table(right, right_apart, **options)
         asked = "The right continuation among those of other windows; chance is 1 in 4."
         yield Section(f"Right answers: {name}", rows, columns, [], [asked])
     rows = list(_weight_rows(results))

@@ -294,7 +294,8 @@ def _score(config: FuseLlmConfig, rules: Sequence[NamedRule]) -> dict[str, Any]:
             replace_file(run.path / "mixed.html", page)
         run.write_json("result.json", result)
     print("bits per byte of held-out text, 95 % intervals over documents")
-    print(markdown_table(*score_table(result["bits_per_byte"])))
+    bits, apart = result["bits_per_byte"], result["difference"]["bits_per_byte"]
+    print(markdown_table(*score_table(bits, apart, baseline=result["baseline"])))
     return result
 
 

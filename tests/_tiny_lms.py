@@ -25,14 +25,14 @@ WORDS = {
 }
 
 
-def write_model(folder, key, config=CONFIG, *, favourite=None, tokenizer=None):
-    """A random model; ``favourite`` bytes are made likelier everywhere."""
+def write_model(folder, key, config=CONFIG, *, favourite=(), tokenizer=None):
+    """A random model that repeats itself, and to which ``favourite`` bytes are likelier."""
     params = init_params(key, config)
-    params = jax.tree.map(lambda leaf: 3.0 * leaf if leaf.ndim > 1 else leaf, params)
-    if favourite is not None:
-        # One coordinate of the stream is always on, and these tokens have it.
-        embed = params["embed"].at[:, 0].set(0.3)
-        params["embed"] = embed.at[jnp.asarray(list(favourite)), 0].set(1.0)
+    # The first coordinate of the stream is always on, and these tokens have more of it.
+    first = (
+        jnp.full(config.vocab_size, 0.5).at[jnp.asarray(list(favourite), int)].set(1.5)
+    )
+    params["embed"] = (15.0 * params["embed"]).at[:, 0].set(first)
     save_pretrained(folder, params, config, tokenizer or ByteTokenizer())
     return params
 

@@ -21,7 +21,7 @@ from emfuse_jax.llm.weights import load_language_model
 from experiments import _lm, _lm_chat, _lm_experts, _lm_score, fuse_llm
 from experiments._lm_rules import parse_rules
 
-RULES = ("emselect:order=pool", "packllm_opt", "linear_pool", "evidence:rate=0.3")
+RULES = ("emselect:order=pool", "packllm_opt", "evidence:rate=0.3:linear=true")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def fused(lm, tmp_path_factory):
     call(
         f"--experts={lm}",
         f"--score={lm}",
-        "--rule=emfuse,emselect,packllm_opt",
+        "--rule=emfuse,packllm_opt",
         f"--scoring.models={lm}/models/generalist",
         *("--scoring.choices=true", "--scoring.baseline=emfuse", "--scoring.drawn=6"),
         *("--scoring.drawn_tokens=5", "--scoring.num_resamples=200"),
@@ -165,8 +165,8 @@ def test_scores_are_those_of_the_models(fused, lm, experts):
         low, high = cells["emfuse"]["interval"]
         assert low < cells["emfuse"]["mean"] < high
     table = result["bits_per_byte"]
-    single = [table[domain]["emselect"]["mean"] for domain in ("py", "man")]
-    assert table["mean"]["emselect"]["mean"] == pytest.approx(np.mean(single))
+    single = [table[domain]["packllm_opt"]["mean"] for domain in ("py", "man")]
+    assert table["mean"]["packllm_opt"]["mean"] == pytest.approx(np.mean(single))
     apart = result["difference"]["bits_per_byte"]["py"]
     assert apart["emfuse"] == {"mean": 0.0, "interval": [0.0, 0.0]}
     assert apart["expert-py"]["mean"] == pytest.approx(
@@ -215,8 +215,8 @@ def test_drawn_divergences_keep_below_their_bound(fused):
 
 def test_mixed_windows_are_shown(fused):
     result = read(fused / "scores" / "result.json")
-    assert len(result["passages"]) == 2 * 3
-    passage = result["passages"][2]
+    assert len(result["passages"]) == 2 * 2
+    passage = result["passages"][1]
     assert (passage["rule"], passage["name"]) == ("packllm_opt", "py → man")
     assert len(passage["token_texts"]) == len(passage["weights"]) == 16
     page = (fused / "scores" / "mixed.html").read_text()

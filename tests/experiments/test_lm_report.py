@@ -41,6 +41,11 @@ def scored(path, *, seed=0, shift=0.0, models=(), drawn=None):
         "models": [],
         "rules": ["emfuse", "evidence"],
         "bits_per_byte": table,
+        "baseline": "emfuse",
+        "difference": {
+            key: {d: {m: cell(-0.25) for m in METHODS} for d in ("py", "man", "mean")}
+            for key in ("bits_per_byte", "accuracy")
+        },
         "accuracy": {d: {m: cell(0.5) for m in METHODS} for d in ("py", "man", "mean")},
         "weights": steady,
         "divergence": steady | {"man": {"emfuse": [None, 0.1], "evidence": [0.2, 0.3]}},
@@ -98,6 +103,8 @@ def test_the_matrix_has_intervals_and_a_picture(tmp_path):
     assert rows[2]["py"] == cell(2.2)
     assert "**2.000 [1.900, 2.100]**" in text
     assert "py 12 windows in 6" in text
+    assert "mean − emfuse" in text
+    assert rows[3]["difference"] == cell(-0.25)
     assert "expert-py 1.00 [0.90, 1.10], bound 2.00 (of EMSelect" in text
     assert "Right answers: scores" in sections
     weights = sections["Weights: scores"]
@@ -120,6 +127,8 @@ def test_training_seeds_of_one_study_have_one_table(tmp_path):
     # All documents are alike here: what is left is the spread over seeds.
     assert low == pytest.approx(1.8, rel=1e-3)
     assert high == pytest.approx(2.2, rel=1e-3)
+    # What all seeds share is not in a difference.
+    assert rows[3]["difference"]["interval"] == pytest.approx([0.1, 0.1], abs=1e-3)
 
 
 def test_runs_with_other_models_are_not_pooled(tmp_path):

@@ -102,10 +102,11 @@ def test_local_tasks_of_experts_and_rules(lm, tasks, tmp_path, capsys, monkeypat
     assert means == pytest.approx(expected)
     assert len(set(expected.values())) > 1  # else the order would not be tested
     # What is finished is not run again.
-    monkeypatch.setattr(_lm_tasks, "run_tasks", None)
+    monkeypatch.setattr(_lm_tasks, "run_tasks", pytest.fail)
     assert fuse_llm.main(argv) == 0
 
 
+@pytest.mark.slow  # looks through all of the harness' own tasks
 def test_tasks_that_nobody_has(lm, tasks, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="pip install emfuse_jax[llm_eval]")
     argv = ["fuse_llm", f"--experts={lm}", f"--run_dir={tmp_path}/out"]
