@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: help demo test pytest lint types docs bench clean
 
 help:
-	@echo "make demo   data sets, experts, fusion, policy and report on Hopper: runs/demo"
+	@echo "make demo   fused dynamics on Hopper and fused language models, with a report: runs/demo"
 	@echo "make test   lint, types, import floors and every test"
 	@echo "make lint   ruff, pyright and import-linter alone"
 	@echo "make docs   the documentation: build/docs/html/index.html"
@@ -75,7 +75,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.made
 	touch $@
 
 $(VENV)/.run: setup.cfg pyproject.toml constraints.txt | $(VENV)/.made
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[llm]"
 	touch $@
 
 $(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(VENV)/.torch
@@ -83,5 +83,5 @@ $(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(VENV)/.torch
 	touch $@ $(VENV)/.run
 
 $(VENV)/.docs: setup.cfg pyproject.toml constraints.txt | $(VENV)/.made
-	$(INSTALL) -e ".[docs]"
+	$(INSTALL) -e ".[docs,llm]"
 	touch $@ $(VENV)/.run

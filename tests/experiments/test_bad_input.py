@@ -27,7 +27,7 @@ from experiments._run import open_run
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = [
     *("collect_data", "train_dynamics", "fuse_dynamics", "train_policy", "evaluate"),
-    *("report", "demo", "train_behaviour"),
+    *("train_lm_experts", "fuse_llm", "merge", "report", "demo", "train_behaviour"),
 ]
 
 

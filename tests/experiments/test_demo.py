@@ -163,6 +163,49 @@ def test_every_planned_command_parses(preset, tmp_path):
         flag for job in policies for flag in job.command if "num_updates" in flag
     }
     assert updates == {f"--num_updates={config.policy_updates}"}
+    # The report reads every run, and nothing that is none.
+    (runs,) = (f for f in jobs[-1].command if f.startswith("--runs="))
+    named = {pathlib.Path(path).name for path in runs[7:].split(",")}
+    quick = {job.name for job in jobs if job.name.startswith(("data-", "behaviour-"))}
+    assert named == known - quick - {"report"} | {tmp_path.name}
+
+
+def test_either_part_can_be_had_alone(tmp_path):
+    def names(*parts):
+        return [job.name for job in demo.plan(demo.DemoConfig(parts=parts), tmp_path)]
+
+    text = ["language-models", "language-scores", "language-text"]
+    assert names("language") == [*text, "report"]
+    dynamics = names("dynamics")
+    assert set(names("dynamics", "language")) == {*text, *dynamics}
+    assert len(set(dynamics)) == len(dynamics) == 11
+    # Behaviours fill the gaps: nothing but the report needs them.
+    assert names("dynamics", "language")[-4:-1] == [text[-1], *dynamics[-3:-1]]
+
+
+def test_what_is_printed_at_the_end(tmp_path, capsys):
+    report = (
+        "# T\n\n## Returns\n\n| a |\n| - |\n\na note\n\n## Further ahead\n\n| b |\n\n"
+        "## Bits per byte: x\n\n| c |\n"
+    )
+    assert (
+        demo._tables(report) == "Returns\n\n| a |\n| - |\n\nBits per byte: x\n\n| c |"
+    )
+    passage = {
+        "rule": "emselect",
+        "moves": True,
+        "prompt": "def",
+        "token_texts": [" f", "(x)"],
+        "log_probs": [-0.1, -0.2],
+        "weights": [[1.0, 0.0], [0.0, 1.0]],
+        "expert_log_probs": [[-1.0, -2.0], [-1.0, -2.0]],
+    }
+    result = {"experts": ["expert-py", "expert-man"], "passages": [passage]}
+    (tmp_path / "language-text").mkdir()
+    artifacts.write_json(tmp_path / "language-text" / "result.json", result)
+    text = demo._decoded(tmp_path)
+    assert text.startswith("emselect: py 50 %, man 50 % (colour: the expert of")
+    assert text.endswith("def⟦py⟧ f⟦man⟧(x)")
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path, capsys):
@@ -173,6 +216,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, capsys):
         ("--policies=hopper_medium,nobody", "no behaviour policy 'nobody'"),
         ("--env=ant", "known: hopper"),
         ("--workers=0", "at least 1"),
+        ("--parts=", "parts is empty; known: dynamics, language"),
+        ("--parts=langage", "unknown part 'langage'; did you mean 'language'?"),
         ("--preset=fats", "unknown preset 'fats'"),
     ):
         assert demo.main(["demo", run_dir, flag]) == 2
@@ -186,9 +231,16 @@ def test_all_of_it_ends_with_a_report_and_a_rerun_repeats_nothing(tmp_path, caps
     assert demo.main(argv) == 0
     text = capsys.readouterr().out
     assert "policy-fused" in text
+    assert "packllm_sim:temperature=0.1" in text
+    assert "⟦python⟧" in text
     assert f"report: {tmp_path}/demo/report.md" in text
     content = artifacts.read_json(tmp_path / "demo" / "report.json")
     assert len(content["sections"]["Returns"]) == 5
+    methods = [
+        r["method"] for r in content["sections"]["Bits per byte: language-scores"]
+    ]
+    assert methods[3:] == list(demo.RULES)
+    assert (tmp_path / "demo" / "language-text" / "text.html").exists()
     stages = {
         row["stage"]: row["seconds"]
         for row in content["sections"]["Seconds per stage"]
@@ -199,6 +251,7 @@ def test_all_of_it_ends_with_a_report_and_a_rerun_repeats_nothing(tmp_path, caps
         *("behaviour-hopper_medium", "behaviour-hopper_medium_late"),
         *("expert-hopper_medium", "expert-hopper_medium_late", "fused"),
         *("policy-hopper_medium", "policy-hopper_medium_late", "policy-fused"),
+        *("language-models", "language-scores", "language-text"),
         "total",
     }
     before = (tmp_path / "demo" / "report.json").stat().st_mtime_ns
