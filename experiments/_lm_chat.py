@@ -91,6 +91,7 @@ def fitting_tokens(
     """
     room = voice.model.context_length - voice.sampling.max_new_tokens
     first = [{"role": "system", "content": system}] if system else []
+    tokens: list[int] = []
     for start in range(0, len(messages), 2):
         tokens = _tokens(voice, [*first, *messages[start:]], template=template)
         if len(tokens) <= room:

@@ -30,7 +30,7 @@ class ScoreOptions:
     Attributes:
         models: other models that are scored alone: a generalist, a soup.
         num_windows: of each file, the first ones; none is all.
-        choices: also ask for the right continuation among four (reads four times as much).
+        choices: also ask for the right continuation among four (reads five times as much).
         baseline: a method that the others are compared with, by name.
         drawn: texts drawn from the pool to estimate KL(Q || P) of experts and EMSelect.
         drawn_tokens: in each of those texts.
@@ -88,6 +88,8 @@ class Matrix:
         for requests in self._requests.values():
             self._scorer.check(requests)
         self.files = tuple(prepared.windows)
+        special = (every.tokenizer.bos_id, every.tokenizer.eos_id)
+        self._begin = next((i for i in special if i is not None), 0)
         methods = [*self._scorer.names, *(rule.label for rule in rules)]
         if len(set(methods)) < len(methods):
             raise ValueError(f"two methods have one name: {', '.join(methods)}")
@@ -101,9 +103,10 @@ class Matrix:
         of each rule, and what there is to show of mixed windows."""
         windows = self._windows[name][: self._options.num_windows]
         requests = self._requests[name][: len(windows)]
-        wrong, owners = wrong_requests(windows, self._requests[name])
+        wrong, pairs = wrong_requests(windows, self._requests[name])
+        alone = [([self._begin], rest) for _, rest in self._requests[name]]
         asks = self._options.choices and bool(wrong)
-        total = len(requests) + len(wrong) * asks
+        total = len(requests) + (len(wrong) + len(alone)) * asks
         done = [0]
         with Progress(total, description=f"score {name}", unit="window") as bar:
 
@@ -116,7 +119,10 @@ class Matrix:
             correct = None
             if asks:
                 others = self._scorer(wrong, on_batch=on_batch)
-                correct = _right(_log_probs(scores), _log_probs(others), owners)
+                plain = self._scorer(alone, on_batch=on_batch)
+                correct = right_answers(
+                    *map(_log_probs, (scores, others, plain)), pairs
+                )
         return {
             **summarize_file(windows, _log_probs(scores), correct),
             "weights": {k: v.weights.mean(0).tolist() for k, v in scores.rules.items()},
@@ -216,18 +222,32 @@ def score_table(
     return rows, [Column("method", "method"), *columns]
 
 
-def _log_probs(scores: Scores) -> dict[str, np.ndarray]:
+def _log_probs(scores: Scores) -> dict[str, Any]:
     rules = {label: score.log_prob for label, score in scores.rules.items()}
     return scores.models | rules
 
 
-def _right(
-    own: Mapping[str, np.ndarray], wrong: Mapping[str, np.ndarray], owners: np.ndarray
+def right_answers(
+    own: Mapping[str, np.ndarray],
+    wrong: Mapping[str, np.ndarray],
+    alone: Mapping[str, np.ndarray],
+    pairs: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Whether the right continuation is likelier than every wrong one; a tie is not."""
+    """Whether the prompt speaks more for its own continuation than for each wrong one.
+
+    That is ``log p(y | prompt) - log p(y)``, their mutual information: by ``log p(y |
+    prompt)`` alone the plainest text would win, whatever the prompt. A tie is not right.
+
+    Args:
+        own: log-probabilities of the right continuations, ``[window]`` by method.
+        wrong: of the wrong ones, ``[wrong answer]``.
+        alone: of every window's continuation without a prompt.
+        pairs: from `wrong_requests`.
+    """
     found = {}
     for name, log_prob in own.items():
+        asked, source = pairs.T
         best = np.full(len(log_prob), -np.inf)
-        np.maximum.at(best, owners, wrong[name])
-        found[name] = log_prob > best
+        np.maximum.at(best, asked, wrong[name] - alone[name][source])
+        found[name] = log_prob - alone[name][: len(log_prob)] > best
     return found

@@ -91,7 +91,10 @@ def _matrix(group: Sequence[RunFiles], out: pathlib.Path) -> Iterator[Section]:
     if right:
         options = {"baseline": baseline, "best": "max"}
         rows, columns = score_table(right, right_apart, **options)
-        asked = "The right continuation among those of other windows; chance is 1 in 4."
+        asked = (
+            "The right continuation among those of other windows, by log p(y | prompt) - "
+            "log p(y); chance is 1 in 4."
+        )
         yield Section(f"Right answers: {name}", rows, columns, [], [asked])
     rows = list(_weight_rows(results))
     if rows:

@@ -29,6 +29,7 @@ from experiments._lm_rules import NamedRule
 MEMORY = 256 * 2**20
 """Bytes of all experts' laws that are held at a time."""
 
+Array = np.ndarray | jax.Array
 Request = tuple[list[int], list[int]]
 """The tokens of a prompt and of what follows."""
 
@@ -36,20 +37,20 @@ Request = tuple[list[int], list[int]]
 class RuleScore(NamedTuple):
     """One rule on some requests."""
 
-    log_prob: np.ndarray
+    log_prob: Array
     """Of the whole continuation, ``[request]``."""
-    weights: np.ndarray
+    weights: Array
     """Mean over its tokens, ``[request, expert]``."""
-    divergence: np.ndarray
+    divergence: Array
     """``KL(q ‖ p_i)``, mean over its tokens, ``[request, expert]``."""
 
 
 class Trace(NamedTuple):
     """What there is to show of one request and rule, token by token."""
 
-    log_probs: np.ndarray
-    weights: np.ndarray
-    expert_log_probs: np.ndarray
+    log_probs: Array
+    weights: Array
+    expert_log_probs: Array
 
 
 class Scores(NamedTuple):
@@ -165,14 +166,15 @@ def to_requests(
 def wrong_requests(
     windows: Sequence[Window], requests: Sequence[Request]
 ) -> tuple[list[Request], np.ndarray]:
-    """Every prompt before each of its wrong answers, and the windows they belong to."""
+    """Every prompt before each of its wrong answers, and ``[wrong answer, 2]``: the window
+    that it is asked in and the one that it is from."""
     pairs = [
         (index, other)
         for index, window in enumerate(windows)
         for other in window.distractors
     ]
     wrong = [(requests[index][0], requests[other][1]) for index, other in pairs]
-    return wrong, np.array([index for index, _ in pairs], int)
+    return wrong, np.array(pairs, int).reshape(-1, 2)
 
 
 def replay_model(vocab_size: int, context_length: int) -> LanguageModel:

@@ -27,8 +27,8 @@ _PICTURES |= {code: 0xFFFD for code in range(0x7F, 0xA0)}
 
 
 def choices(
-    weights: Sequence[Sequence[float]] | np.ndarray,
-    expert_log_probs: Sequence[Sequence[float]] | np.ndarray,
+    weights: Any,
+    expert_log_probs: Any,
     *,
     moves: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -157,11 +157,12 @@ def show(passage: Passage, names: Sequence[str], *, colour: bool) -> str:
     """A passage for a terminal, or with each expert's name before its tokens."""
     experts, _ = _chosen(passage)
     if colour:
-        pairs = zip(passage["token_texts"], experts, strict=True)
-        body = "".join(paint(printable(text), int(expert)) for text, expert in pairs)
+        pairs = zip(passage["token_texts"], experts.tolist(), strict=True)
+        body = "".join(paint(printable(text), expert) for text, expert in pairs)
         return f"\x1b[2m{printable(passage['prompt'])}\x1b[0m{body}"
-    parts, last = [passage["prompt"]], -1
-    for text, expert in zip(passage["token_texts"], experts, strict=True):
+    parts: list[str] = [passage["prompt"]]
+    last = -1
+    for text, expert in zip(passage["token_texts"], experts.tolist(), strict=True):
         if text and expert != last:
             parts.append(f"⟦{short(names[expert])}⟧")
             last = expert

@@ -24,6 +24,7 @@ from emfuse_jax.envs.mujoco_batch import check_environment
 from experiments import _lm_text
 from experiments._gather import DEMO
 from experiments._jobs import Job, run_jobs
+from experiments._lm_rules import parse_rules
 from experiments._run import open_run, run_main
 
 PARTS = ("dynamics", "language")
@@ -48,6 +49,8 @@ class DemoConfig:
         model_flags: more flags for train_dynamics.
         policy_flags: more flags for train_policy.
         prompt: what the fused language models continue.
+        rules: of fusion, whose scores are compared.
+        speakers: rules under which text is decoded.
         lm_flags: more flags for train_lm_experts.
     """
 
@@ -64,11 +67,19 @@ class DemoConfig:
     model_flags: tuple[str, ...] = ()
     policy_flags: tuple[str, ...] = ()
     prompt: str = "def read_options(path, encoding=None):"
+    rules: tuple[str, ...] = (
+        *("emfuse", "emselect", "packllm_sim:temperature=0.1", "packllm_opt"),
+        *("evidence", "linear_pool"),
+    )
+    speakers: tuple[str, ...] = ("emfuse", "emselect", "evidence")
     lm_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError(f"parts is empty; known: {', '.join(PARTS)}")
+        if "language" in self.parts:
+            parse_rules(self.rules)
+            parse_rules(self.speakers)
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(unknown_name("part", part, PARTS))
@@ -103,6 +114,8 @@ PRESETS = {
             *("--rollout.updates_per_rollout=10", "--rollout.rollout_rows=16"),
             *("--rollout.horizon=2", "--sac.hidden_sizes=8", "--eval_every=10"),
         ),
+        rules=("emfuse", "packllm_sim:temperature=0.1"),
+        speakers=("emselect",),
         lm_flags=(
             *("--tokenizer=byte", "--text.max_bytes=60000", "--num_windows=4"),
             *("--model.num_layers=1", "--model.hidden_size=16", "--model.num_heads=2"),
@@ -112,13 +125,6 @@ PRESETS = {
     ),
 }
 """``smoke`` runs every step and shows nothing but that they work."""
-
-
-RULES = (
-    *("emfuse", "emselect", "packllm_sim:temperature=0.1", "packllm_opt"),
-    *("evidence", "linear_pool"),
-)
-"""What the language models' table compares."""
 
 
 def demo(config: DemoConfig) -> None:
@@ -233,14 +239,14 @@ def _language_jobs(config: DemoConfig, folder: pathlib.Path) -> list[Job]:
     score = _job(
         scores.name,
         *("fuse_llm", experts, f"--score={models}", f"--run_dir={scores}", seed),
-        *(f"--rule={','.join(RULES)}", "--scoring.baseline=emfuse"),
+        *(f"--rule={','.join(config.rules)}", f"--scoring.baseline={config.rules[0]}"),
         makes=scores / "result.json",
         needs=(train.name,),
     )
     decode = _job(
         text.name,
         *("fuse_llm", experts, f"--prompt={config.prompt}", f"--run_dir={text}", seed),
-        *("--rule=emfuse,emselect,evidence", "--sampling.max_new_tokens=80"),
+        *(f"--rule={','.join(config.speakers)}", "--sampling.max_new_tokens=80"),
         *("--sampling.temperature=0.7", "--sampling.top_p=0.9"),
         makes=text / "result.json",
         needs=(train.name,),

@@ -216,6 +216,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path, capsys):
         ("--policies=hopper_medium,nobody", "no behaviour policy 'nobody'"),
         ("--env=ant", "known: hopper"),
         ("--workers=0", "at least 1"),
+        ("--rules=emfus", "unknown fusion rule 'emfus'"),
         ("--parts=", "parts is empty; known: dynamics, language"),
         ("--parts=langage", "unknown part 'langage'; did you mean 'language'?"),
         ("--preset=fats", "unknown preset 'fats'"),
@@ -239,7 +240,7 @@ def test_all_of_it_ends_with_a_report_and_a_rerun_repeats_nothing(tmp_path, caps
     methods = [
         r["method"] for r in content["sections"]["Bits per byte: language-scores"]
     ]
-    assert methods[3:] == list(demo.RULES)
+    assert methods[3:] == list(demo.PRESETS["smoke"]().rules)
     assert (tmp_path / "demo" / "language-text" / "text.html").exists()
     stages = {
         row["stage"]: row["seconds"]

@@ -183,7 +183,7 @@ def window_nats(params, window):
     return -float(pool[rows, tokens[start:]].sum())
 
 
-def test_the_right_answer_is_the_likeliest_continuation(fused, lm, experts):
+def test_the_right_answer_is_the_one_that_the_prompt_speaks_for(fused, lm, experts):
     windows = _lm.read_prepared(lm / "text").windows["py"]
     right = 0
     for window in windows:
@@ -191,9 +191,11 @@ def test_the_right_answer_is_the_likeliest_continuation(fused, lm, experts):
         scores = [
             window_nats(
                 experts.params,
-                window._replace(
-                    tokens=window.tokens[:8] + tail.tokens[8:],
-                ),
+                window._replace(tokens=window.tokens[:8] + tail.tokens[8:]),
+            )
+            - window_nats(
+                experts.params,
+                window._replace(tokens=(256, *tail.tokens[8:]), num_prompt=1),
             )
             for tail in tails
         ]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import _lm_intervals
+from experiments import _lm_intervals, _lm_matrix
 from experiments._lm import Window
 
 
@@ -123,3 +123,20 @@ def test_training_seeds_are_resampled_too():
     other = seeds[0] | {"clusters": seeds[0]["clusters"][::-1]}
     with pytest.raises(ValueError, match="different documents of 'a'"):
         _lm_intervals.bits_per_byte_table({"a": [seeds[0], other]})
+
+
+def test_plain_text_is_not_the_answer_to_everything():
+    """The second continuation is the likeliest after every prompt, and before."""
+    own = {"m": np.array([-10.0, -2.0])}
+    wrong = {"m": np.array([-5.0, -9.0])}
+    alone = {"m": np.array([-12.0, -6.0])}
+    pairs = np.array([[0, 1], [1, 0]])
+    right = _lm_matrix.right_answers(own, wrong, alone, pairs)
+    assert right["m"].tolist() == [True, True]
+    plain = {"m": np.zeros(2)}
+    assert _lm_matrix.right_answers(own, wrong, plain, pairs)["m"].tolist() == [
+        False,
+        True,
+    ]
+    tie = _lm_matrix.right_answers(own, {"m": own["m"][::-1]}, plain, pairs)
+    assert tie["m"].tolist() == [False, True]
