@@ -30,7 +30,7 @@ class ScoreOptions:
     Attributes:
         models: other models that are scored alone: a generalist, a soup.
         num_windows: of each file, the first ones; none is all.
-        choices: also ask for the right continuation among four (reads five times as much).
+        choices: also ask for the right continuation among four (reads four times as much).
         baseline: a method that the others are compared with, by name.
         drawn: texts drawn from the pool to estimate KL(Q || P) of experts and EMSelect.
         drawn_tokens: in each of those texts.
@@ -88,8 +88,6 @@ class Matrix:
         for requests in self._requests.values():
             self._scorer.check(requests)
         self.files = tuple(prepared.windows)
-        special = (every.tokenizer.bos_id, every.tokenizer.eos_id)
-        self._begin = next((i for i in special if i is not None), 0)
         methods = [*self._scorer.names, *(rule.label for rule in rules)]
         if len(set(methods)) < len(methods):
             raise ValueError(f"two methods have one name: {', '.join(methods)}")
@@ -103,10 +101,9 @@ class Matrix:
         of each rule, and what there is to show of mixed windows."""
         windows = self._windows[name][: self._options.num_windows]
         requests = self._requests[name][: len(windows)]
-        wrong, pairs = wrong_requests(windows, self._requests[name])
-        alone = [([self._begin], rest) for _, rest in self._requests[name]]
+        wrong, pairs = wrong_requests(windows, requests)
         asks = self._options.choices and bool(wrong)
-        total = len(requests) + (len(wrong) + len(alone)) * asks
+        total = len(requests) + len(wrong) * asks
         done = [0]
         with Progress(total, description=f"score {name}", unit="window") as bar:
 
@@ -119,10 +116,7 @@ class Matrix:
             correct = None
             if asks:
                 others = self._scorer(wrong, on_batch=on_batch)
-                plain = self._scorer(alone, on_batch=on_batch)
-                correct = right_answers(
-                    *map(_log_probs, (scores, others, plain)), pairs
-                )
+                correct = right_answers(_log_probs(scores), _log_probs(others), pairs)
         return {
             **summarize_file(windows, _log_probs(scores), correct),
             "weights": {k: v.weights.mean(0).tolist() for k, v in scores.rules.items()},
@@ -228,26 +222,28 @@ def _log_probs(scores: Scores) -> dict[str, Any]:
 
 
 def right_answers(
-    own: Mapping[str, np.ndarray],
-    wrong: Mapping[str, np.ndarray],
-    alone: Mapping[str, np.ndarray],
-    pairs: np.ndarray,
+    own: Mapping[str, np.ndarray], wrong: Mapping[str, np.ndarray], pairs: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Whether the prompt speaks more for its own continuation than for each wrong one.
+    """Whether a prompt speaks more for its own continuation than for each wrong one.
 
-    That is ``log p(y | prompt) - log p(y)``, their mutual information: by ``log p(y |
-    prompt)`` alone the plainest text would win, whatever the prompt. A tie is not right.
+    What speaks for a continuation is how much likelier it is after this prompt than, on
+    average of ``log p``, after all prompts that it was offered to, its own among them. By
+    ``log p`` alone the plainest text would be the answer to everything; less its ``log p``
+    without a prompt, rules that weigh experts by the prompt would be two laws at once.
 
     Args:
         own: log-probabilities of the right continuations, ``[window]`` by method.
         wrong: of the wrong ones, ``[wrong answer]``.
-        alone: of every window's continuation without a prompt.
         pairs: from `wrong_requests`.
     """
+    asked, source = pairs.T
     found = {}
     for name, log_prob in own.items():
-        asked, source = pairs.T
+        total, count = log_prob.astype(float), np.ones(len(log_prob))
+        np.add.at(total, source, wrong[name])
+        np.add.at(count, source, 1.0)
+        usual = total / count
         best = np.full(len(log_prob), -np.inf)
-        np.maximum.at(best, asked, wrong[name] - alone[name][source])
-        found[name] = log_prob - alone[name][: len(log_prob)] > best
+        np.maximum.at(best, asked, wrong[name] - usual[source])
+        found[name] = log_prob - usual > best  # a tie is not right
     return found

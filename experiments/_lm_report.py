@@ -92,8 +92,9 @@ def _matrix(group: Sequence[RunFiles], out: pathlib.Path) -> Iterator[Section]:
         options = {"baseline": baseline, "best": "max"}
         rows, columns = score_table(right, right_apart, **options)
         asked = (
-            "The right continuation among those of other windows, by log p(y | prompt) - "
-            "log p(y); chance is 1 in 4."
+            "The right continuation among those of other windows of the domain: the one "
+            "that is likeliest after this prompt, beside how likely it is after the other "
+            "prompts that it was offered to. Chance is 1 in 4."
         )
         yield Section(f"Right answers: {name}", rows, columns, [], [asked])
     rows = list(_weight_rows(results))

@@ -172,6 +172,7 @@ def wrong_requests(
         (index, other)
         for index, window in enumerate(windows)
         for other in window.distractors
+        if other < len(windows)
     ]
     wrong = [(requests[index][0], requests[other][1]) for index, other in pairs]
     return wrong, np.array(pairs, int).reshape(-1, 2)

@@ -126,17 +126,13 @@ def test_training_seeds_are_resampled_too():
 
 
 def test_plain_text_is_not_the_answer_to_everything():
-    """The second continuation is the likeliest after every prompt, and before."""
-    own = {"m": np.array([-10.0, -2.0])}
-    wrong = {"m": np.array([-5.0, -9.0])}
-    alone = {"m": np.array([-12.0, -6.0])}
+    """The second continuation is the likeliest after either prompt."""
+    own, wrong = {"m": np.array([-10.0, -2.0])}, {"m": np.array([-5.0, -14.0])}
     pairs = np.array([[0, 1], [1, 0]])
-    right = _lm_matrix.right_answers(own, wrong, alone, pairs)
-    assert right["m"].tolist() == [True, True]
-    plain = {"m": np.zeros(2)}
-    assert _lm_matrix.right_answers(own, wrong, plain, pairs)["m"].tolist() == [
-        False,
-        True,
-    ]
-    tie = _lm_matrix.right_answers(own, {"m": own["m"][::-1]}, plain, pairs)
-    assert tie["m"].tolist() == [False, True]
+    assert own["m"][0] < wrong["m"][0]
+    assert _lm_matrix.right_answers(own, wrong, pairs)["m"].tolist() == [True, True]
+    # Each is likelier after the other's prompt than after its own.
+    worse = {"m": np.array([-1.0, -9.0])}
+    assert _lm_matrix.right_answers(own, worse, pairs)["m"].tolist() == [False, False]
+    blind = {"m": np.array([-2.0, -10.0])}  # prompts make no difference
+    assert _lm_matrix.right_answers(own, blind, pairs)["m"].tolist() == [False, False]
