@@ -182,15 +182,18 @@ def score_family(
         long = family.score(own, config.long_prompt, rules=used, plain=family.plain)[0]
         found[f"nats, {name}, long prompt"] = _sums(long)
         asked = material.questions[name]
-        parts = (asked.texts, prompt), (asked.alone, 1)
-        given, alone = (
-            _sums(family.score(*part, rules=used, plain=family.plain)[0])
-            for part in parts
+        given = _sums(
+            family.score(asked.texts, prompt, rules=used, plain=family.plain)[0]
         )
+        plain = rules.scorer(*rules.FIXED["emfuse"])
+        usual = _sums(family.score(asked.alone, 1, rules={"emfuse": plain})[0])
         for form, rows in {
             "correct, {}": given,
             "correct, {}, mutual information": {
-                method: nats - alone[method] for method, nats in given.items()
+                # One law of plain text for all: rules that weigh experts by the prompt
+                # would otherwise be two laws at once.
+                method: nats - usual["emfuse"]
+                for method, nats in given.items()
             },
         }.items():
             found[form.format(name)] = {
