@@ -9,7 +9,7 @@ axis 0 of a rollout.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -96,6 +96,7 @@ class Learner(NamedTuple):
     update: Callable[[jax.Array, State, Any], tuple[State, Metrics]]
 
 
+@runtime_checkable
 class ActFn(Protocol):
     """``act(params, key, observation, *, deterministic=False) -> action``."""
 
