@@ -54,6 +54,19 @@ from emfuse_jax.dynamics.base import (
 )
 from emfuse_jax.dynamics.fused import transition_model
 
+__all__ = [
+    "LOG_STD_BOUNDS",
+    "ContrastiveConfig",
+    "ContrastiveParams",
+    "ContrastiveState",
+    "Rows",
+    "beta_nll",
+    "contrastive_dynamics",
+    "energy_learner",
+    "training_rows",
+]
+
+
 class ContrastiveState(NamedTuple):
     params: ContrastiveParams
     optimizer: optax.OptState
@@ -82,17 +95,35 @@ def contrastive_dynamics(
     Returns:
         ``Dynamics``: ``init(key, scales) -> state``, ``update(key, state, Batch)``.
     """
-    expert, forward = _expert(encoder, config, spec, num_lags, anchor, feature_size)
-    loss_fn = (_proposal_loss if config.negatives == "proposal" else _langevin_loss)(
-        config, forward
+    expert, forward = energy_expert(
+        encoder, config, spec, num_lags, anchor, feature_size
     )
+    loss = proposal_loss if config.negatives == "proposal" else langevin_loss
+    return energy_learner(config, expert, forward.init, loss(config, forward))
+
+
+def energy_learner(
+    config: ContrastiveConfig,
+    expert: Expert,
+    init_params: Callable[[jax.Array, Scales], Any],
+    loss_fn: LossFn,
+) -> Dynamics:
+    """Trains an expert on a loss of its parameters.
+
+    Args:
+        config: the recipe.
+        expert: what is trained.
+        init_params: ``(key, scales) -> params``, a NamedTuple like `ContrastiveParams`:
+            all of its fields but the first are trained.
+        loss_fn: ``(params, key, rows, step) -> (loss, metrics)``.
+    """
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay), optax.adam(schedule)
     )
 
     def init(key: jax.Array, scales: Scales) -> ContrastiveState:
-        params = forward.init(key, scales)
+        params = init_params(key, scales)
         return ContrastiveState(
             params, optimizer.init(params[1:]), jnp.zeros((), jnp.int32)
         )
@@ -101,11 +132,11 @@ def contrastive_dynamics(
         key: jax.Array, state: ContrastiveState, batch: Batch
     ) -> tuple[ContrastiveState, Metrics]:
         key_slice, key_loss = jax.random.split(key)
-        batch = batch._replace(history=newest_lags(batch.history, num_lags))
-        rows = training_rows(key_slice, batch, anchor, config.newest_probability)
+        batch = batch._replace(history=newest_lags(batch.history, expert.num_lags))
+        rows = training_rows(key_slice, batch, expert.anchor, config.newest_probability)
 
         def objective(trained: tuple[Params, ...]) -> tuple[jax.Array, Metrics]:
-            params = ContrastiveParams(state.params.scales, *trained)
+            params = state.params._make((state.params.scales, *trained))
             return loss_fn(params, key_loss, rows, state.step)
 
         grads, metrics = jax.grad(objective, has_aux=True)(tuple(state.params[1:]))
@@ -113,7 +144,7 @@ def contrastive_dynamics(
             grads, state.optimizer, tuple(state.params[1:])
         )
         trained: Any = optax.apply_updates(tuple(state.params[1:]), updates)
-        params = ContrastiveParams(state.params.scales, *trained)
+        params = state.params._make((state.params.scales, *trained))
         return ContrastiveState(params, optimizer_state, state.step + 1), metrics
 
     return Dynamics(init, update, transition_model(expert, config.resolved_sampling))
