@@ -1,4 +1,5 @@
-"""Samplers of energies: Langevin kernels, chains in row blocks, blackjax's kernels."""
+"""Samplers of energies: Langevin kernels, chains in row blocks, a derivative-free search,
+blackjax's kernels."""
 
 from emfuse_jax.samplers.blackjax_adapter import (
     effective_sample_size,
@@ -6,6 +7,12 @@ from emfuse_jax.samplers.blackjax_adapter import (
     potential_scale_reduction,
 )
 from emfuse_jax.samplers.chains import run_chains
+from emfuse_jax.samplers.derivative_free import (
+    PopulationInfo,
+    PopulationState,
+    derivative_free,
+    lowest_energy,
+)
 from emfuse_jax.samplers.langevin import (
     LangevinInfo,
     LangevinState,
@@ -18,11 +25,15 @@ from emfuse_jax.samplers.langevin import (
 __all__ = [
     "LangevinInfo",
     "LangevinState",
+    "PopulationInfo",
+    "PopulationState",
     "annealed_langevin",
+    "derivative_free",
     "effective_sample_size",
     "etm_langevin",
     "etm_schedule",
     "from_blackjax",
+    "lowest_energy",
     "potential_scale_reduction",
     "run_chains",
     "ula",
