@@ -6,6 +6,7 @@ parameters (fusions, policies, which would drag their model buffers along) says 
 """
 
 import dataclasses
+import importlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,22 +26,41 @@ from emfuse_jax.artifacts.config import (
 )
 from emfuse_jax.base import Dynamics, Params, Policy, SpaceSpec, TransitionModel
 from emfuse_jax.data.normalizer import Normalizer
-from emfuse_jax.policies.sac import SacConfig, sac
 from emfuse_jax.tree import stack
 
 MODEL_FILE = "model.json"
 
 
-class _Kind(NamedTuple):
-    config: type
-    build: Callable[[Any, SpaceSpec], Any]
+class Kind(NamedTuple):
+    """A learner by name; its module is imported when it is asked for."""
+
+    module: str
+    config_name: str
+    factory_name: str
+
+    @property
+    def config(self) -> type:
+        """The class of its settings."""
+        return getattr(importlib.import_module(self.module), self.config_name)
+
+    @property
+    def build(self) -> Callable[[Any, SpaceSpec], Any]:
+        """``(config, spec) -> learner``."""
+        return getattr(importlib.import_module(self.module), self.factory_name)
+
+
+def _policy(module: str, config_name: str, factory_name: str) -> Kind:
+    return Kind(f"emfuse_jax.policies.{module}", config_name, factory_name)
 
 
 KINDS = {
-    "adetm": _Kind(dynamics.AdetmConfig, dynamics.adetm),
-    "etm": _Kind(dynamics.EtmConfig, dynamics.etm),
-    "ensemble": _Kind(dynamics.EnsembleConfig, dynamics.gaussian_ensemble),
-    "sac": _Kind(SacConfig, sac),
+    "adetm": Kind("emfuse_jax.dynamics", "AdetmConfig", "adetm"),
+    "etm": Kind("emfuse_jax.dynamics", "EtmConfig", "etm"),
+    "ensemble": Kind("emfuse_jax.dynamics", "EnsembleConfig", "gaussian_ensemble"),
+    "sac": _policy("sac", "SacConfig", "sac"),
+    "bc": _policy("bc", "BcConfig", "bc"),
+    "iql": _policy("iql", "IqlConfig", "iql"),
+    "diffusion": _policy("diffusion", "DiffusionConfig", "diffusion"),
 }
 """What `load_run` can rebuild, besides fusions of dynamics."""
 
