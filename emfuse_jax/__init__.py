@@ -48,6 +48,7 @@ from emfuse_jax.evaluation.scores import normalized_score
 from emfuse_jax.evaluation.statistics import bootstrap_interval, iqm
 from emfuse_jax.loops import fit, run_sampler, scan_steps
 from emfuse_jax.losses import contrastive_divergence, info_nce, ranking_nce
+from emfuse_jax.merging import model_soup, regmean
 from emfuse_jax.parallel import data_parallel, shard_rows, shard_seeds
 from emfuse_jax.policies.bc import BcConfig, bc
 from emfuse_jax.policies.model_based import ModelBasedConfig, model_based
@@ -106,12 +107,14 @@ __all__ = [
     "log_opinion_pool",
     "losses",
     "model_based",
+    "model_soup",
     "normalized_score",
     "online",
     "parallel",
     "pool_energies",
     "pool_gaussians",
     "ranking_nce",
+    "regmean",
     "rollout",
     "run_chains",
     "run_sampler",

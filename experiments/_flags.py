@@ -231,7 +231,10 @@ def _to_data(kind: Any, text: str) -> Any:
         return next((choice for choice in arguments if str(choice) == text), text)
     if origin is tuple and not text.strip():
         return []
-    if origin is tuple and set(arguments) <= {int, float, str, Ellipsis}:
+    simple = {int, float, str, Ellipsis}
+    if origin is tuple and all(
+        a in simple or typing.get_origin(a) is Literal for a in arguments
+    ):
         items = [item.strip() for item in text.split(",")]
         if arguments[-1] is Ellipsis:
             arguments = arguments[:1] * len(items)

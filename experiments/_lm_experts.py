@@ -104,7 +104,8 @@ def open_experts(
 
 
 def expand_runs(paths: Sequence[str]) -> list[pathlib.Path]:
-    """Folders of models, each run of train_lm_experts replaced by those of its experts.
+    """Folders of models: a run of train_lm_experts becomes those of its experts, one of
+    merge that of its model.
 
     Raises:
         FileNotFoundError: if a folder does not exist, or a run is not finished.
@@ -115,10 +116,11 @@ def expand_runs(paths: Sequence[str]) -> list[pathlib.Path]:
         if not path.is_dir():
             raise FileNotFoundError(
                 f"expert {path} is no folder; give folders that hold config.json, "
-                "*.safetensors and a tokenizer, or a run of train_lm_experts"
+                "*.safetensors and a tokenizer, or a run of train_lm_experts or merge"
             )
         if not (path / "models").is_dir():
-            folders.append(path)
+            merged = path / "model"
+            folders.append(merged if (merged / "config.json").is_file() else path)
             continue
         if not (path / "result.json").exists():
             raise FileNotFoundError(f"{path} is not finished; run its command again")

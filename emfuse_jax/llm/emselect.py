@@ -197,8 +197,7 @@ def pool_divergences(
         [0.223..., 0.223...]
     """
     held = uniform_weights(log_probs) if weights is None else weights
-    # As in `_pair_pool`: faster where XLA does not see that they are constants.
-    held = jax.lax.optimization_barrier(align_weights(held, log_probs.shape[:-1]))
+    held = align_weights(held, log_probs.shape[:-1])
     pool = log_opinion_pool(log_probs, held)
     return categorical_kl(jnp.broadcast_to(pool[None], log_probs.shape), log_probs)
 
@@ -244,6 +243,5 @@ def sequence_gap(
 
 
 def _pair_pool(first: jax.Array, second: jax.Array, alpha: float) -> jax.Array:
-    # Folded into the pool, constant weights make XLA's CPU program ten times slower.
-    shares = jax.lax.optimization_barrier(jnp.array([alpha, 1.0 - alpha], first.dtype))
+    shares = jnp.array([alpha, 1.0 - alpha], first.dtype)
     return log_opinion_pool(jnp.stack([first, second]), shares)

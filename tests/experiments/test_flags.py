@@ -162,3 +162,10 @@ def test_attribute_docs_of_several_lines():
     docs = _flags._attribute_docs(Inner)
     assert docs["learning_rate"] == "of Adam, per update."
     assert docs["hidden_sizes"] == "widths of the layers."
+
+
+def test_a_tuple_of_choices():
+    kind = tuple[Literal["left", "right"], ...]
+    assert _flags.parse_text(kind, "left, right") == ("left", "right")
+    with pytest.raises(ValueError, match="middle"):
+        _flags.parse_text(kind, "left,middle")

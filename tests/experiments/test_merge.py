@@ -19,6 +19,7 @@ from emfuse_jax.llm.weights import load_language_model, save_pretrained
 from emfuse_jax.merging import model_soup
 from experiments import merge
 from experiments._flags import _leaves, parse
+from experiments._lm_experts import expand_runs
 from experiments._measure import data_behind
 from experiments._merge_lm import cut_windows
 
@@ -278,7 +279,9 @@ def test_regmean_of_language_models(language, tmp_path, capsys):
     assert merge.main(["merge", f"--experts={language}", *flags]) == 0
     told = capsys.readouterr().out
     assert told.index("hidden states") < told.index("merged: ")
-    merged = load_language_model(run / "model")
+    # The run is an expert for other commands.
+    (folder,) = expand_runs([str(run)])
+    merged = load_language_model(folder)
     assert merged.config == LM
     assert merged.tokenizer.encode("ab") == [97, 98]
     singles = [
