@@ -121,8 +121,13 @@ def return_rows(
         _return_row(result["name"], "behaviour policy", result) for result in behaviours
     ]
     for name, group in policy_groups(runs).items():
-        model = group[0].config["model"]
-        row = _return_row(name, f"trained in {pathlib.Path(model).name}", _pool(group))
+        config = group[0].config
+        model = config.get("model", "")
+        origin = f"trained in {pathlib.Path(model).name}"
+        if not model:
+            data = ", ".join(pathlib.Path(source).stem for source in config["data"])
+            origin = f"{config['method']} on {data}"
+        row = _return_row(name, origin, _pool(group))
         rows.append({**row, "model": model})
     return rows
 

@@ -1,12 +1,16 @@
-r"""Trains a policy inside a dynamics model and tries it in real MuJoCo.
+r"""Trains a policy inside a dynamics model, or on data, and tries it in real MuJoCo.
 
     python -m experiments.train_policy --model=runs/fused --env=hopper --run_dir=runs/policy
     python -m experiments.train_policy --model=runs/expert --run_dir=runs/mine \
         --terminated=my_module:my_function
+    python -m experiments.train_policy --method=iql --data=data/hopper.hdf5 --env=hopper \
+        --run_dir=runs/iql
 
-Branch rollouts start from the data behind the model (or ``--data``), are penalised by its
-uncertainty and fill the buffer of soft actor-critic. Every environment that is not listed
-trains as well, given its termination rule; only the evaluation is skipped then.
+With ``--method`` a policy is trained on data alone: ``--method=iql --help`` shows how.
+Without it, branch rollouts start from the data behind the model (or ``--data``), are
+penalised by its uncertainty and fill the buffer of soft actor-critic. Every environment
+that is not listed trains as well, given its termination rule; only the evaluation is
+skipped then.
 ``result.json`` has the returns of the last policy: none is chosen by its return.
 """
 
@@ -27,14 +31,9 @@ from emfuse_jax.envs.termination import get_terminated_fn
 from emfuse_jax.policies.bc import bc, clone_config
 from emfuse_jax.policies.model_based import Imagined, ModelBasedConfig, model_based
 from emfuse_jax.policies.sac import SacConfig, sac
-from experiments import presets
+from experiments import _methods, _offline, _policy_run, presets
 from experiments._measure import check_sizes, data_behind, load_domains, require
-from experiments._returns import (
-    compiled_act,
-    evaluate_seeds,
-    evaluation_env,
-    summary,
-)
+from experiments._returns import evaluation_env
 from experiments._run import Run, open_run, run_main
 from experiments._warm import cloned
 
@@ -44,6 +43,8 @@ class TrainPolicyConfig:
     """Settings of one policy, or of several seeds of it.
 
     Attributes:
+        method: sac trains in a model; --method=NAME --help shows the flags of bc, iql,
+            diffusion and the other methods that train on data.
         model: run directory of a dynamics model or of a fusion.
         run_dir: where everything goes.
         env: hopper, walker2d or halfcheetah; another one (with a rule of its own) or
@@ -67,6 +68,7 @@ class TrainPolicyConfig:
         version: gymnasium's rewards, v4 or v5.
     """
 
+    method: str = _methods.ONLINE
     model: str = ""
     run_dir: str = ""
     env: str = ""
@@ -86,6 +88,11 @@ class TrainPolicyConfig:
     version: Literal["v4", "v5"] = "v4"
 
     def __post_init__(self) -> None:
+        if _methods.check_method(self.method) != _methods.ONLINE:
+            raise ValueError(
+                f"method={self.method!r} trains on data and has settings of its own; "
+                "see experiments._methods.config_class"
+            )
         for name in ("num_updates", "num_seeds", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -118,7 +125,6 @@ PRESETS = {
         rollout=presets.model_based("paper"),
     ),
 }
-POLICY_FOLDER = "policy"
 
 
 def train(config: TrainPolicyConfig) -> dict[str, Any]:
@@ -151,14 +157,15 @@ def train(config: TrainPolicyConfig) -> dict[str, Any]:
     dataset = concatenate([domain.train for domain in domains])
     dataset = jax.tree.map(jnp.asarray, dataset)
     if env is None:
-        print(_skipped(config.env), file=sys.stderr)
-    with open_run(config.run_dir, config, kind="train_policy", seed=config.seed) as run:
+        print(_policy_run.skipped(config.env), file=sys.stderr)
+    with open_run(
+        config.run_dir,
+        config,
+        kind="train_policy",
+        seed=config.seed,
+        ignore=("run_dir", "method"),  # older runs do not name it
+    ) as run:
         return _train(run, config, trained, dataset, terminated_fn, env)
-
-
-def _skipped(env: str) -> str:
-    why = f"{env!r} cannot be simulated here" if env else "no --env was named"
-    return f"evaluation skipped: {why}"
 
 
 def _train(
@@ -169,14 +176,7 @@ def _train(
     terminated_fn: Callable[..., Any],
     env: Any,
 ) -> dict[str, Any]:
-    description = artifacts.describe(
-        "sac",
-        config.sac,
-        trained.spec,
-        params_in=POLICY_FOLDER,
-        num_seeds=config.num_seeds,
-    )
-    artifacts.write_description(run.path, description)
+    _policy_run.describe(run, "sac", config.sac, trained.spec, config.num_seeds)
     prior = bc(clone_config(config.sac), trained.spec).energy
     policy = sac(
         config.sac, trained.spec, prior_energy=prior if config.clone_updates else None
@@ -188,7 +188,7 @@ def _train(
         trained.spec,
     )
     one = config.num_seeds == 1
-    key_init, key_fit = _keys(config.seed, config.num_seeds)
+    key_init, key_fit = _policy_run.seed_keys(config.seed, config.num_seeds)
 
     def init(key: jax.Array, data: Dataset) -> Any:
         state = learner.init(key)
@@ -200,31 +200,7 @@ def _train(
 
     start = jax.jit(init if one else jax.vmap(init, in_axes=(0, None)))
     per_chunk = config.rollout.updates_per_rollout
-    act = compiled_act(policy)
-    result: dict[str, Any] = {"model": config.model, "env": config.env}
-
-    def evaluate(chunks: int, state: Any) -> dict[str, float]:
-        step, params = chunks * per_chunk, state.params
-        artifacts.delete_after(run.path / POLICY_FOLDER, step - 1)
-        artifacts.save(run.path / POLICY_FOLDER, step, params)
-        result["step"] = step
-        if env is None:
-            run.write_json("result.json", result)
-            return {"update": step}
-        key = jax.random.key(config.seed + 10_000)
-        returns = evaluate_seeds(
-            key, env, act, params, config.num_seeds, config.eval_episodes
-        )
-        result.update(summary(returns, config.env))
-        run.write_json("result.json", result)
-        low, high = result["interval"]
-        return {
-            "update": step,
-            "normalized_return": result["mean"],
-            "return_low": low,
-            "return_high": high,
-        }
-
+    facts = {"model": config.model, "env": config.env}
     with run.stage("train"):
         run.fit(
             key_fit[0] if one else key_fit,
@@ -235,21 +211,12 @@ def _train(
             data=(trained.params, dataset),
             chunk=1,
             save_every=max(config.eval_every // per_chunk, 1),
-            evaluate=evaluate,
+            evaluate=_policy_run.evaluator(
+                run, config, policy, env, facts, per_chunk=per_chunk
+            ),
             description="train policy",
         )
-    return _finish(run, evaluated=env is not None)
-
-
-def _keys(seed: int, num_seeds: int) -> tuple[jax.Array, jax.Array]:
-    """Of the initial state and of the training, ``[seed]``: each seed's are those that it
-    would have alone."""
-
-    def split(seed: jax.Array) -> jax.Array:
-        return jax.random.split(jax.random.key(seed))
-
-    keys = jax.vmap(split)(seed + jnp.arange(num_seeds))
-    return keys[:, 0], keys[:, 1]
+    return _policy_run.finish(run, evaluated=env is not None)
 
 
 def rollout_fn(
@@ -302,23 +269,22 @@ def uncertainty_quantile(
     return float(jnp.quantile(values, quantile))
 
 
-def _finish(run: Run, *, evaluated: bool) -> dict[str, Any]:
-    result = artifacts.read_json(run.path / "result.json")
-    result["cpu_seconds"] = run.seconds("train, cpu")
-    run.write_json("result.json", result)
-    if not evaluated:
-        print(f"trained; {_skipped(result['env'])}")
-        return result
-    low, high = result["interval"]
-    print(
-        f"{result['env']}: {result['mean']:.1f} normalised, 95 % interval "
-        f"[{low:.1f}, {high:.1f}], per seed {[round(x, 1) for x in result['per_seed']]}"
-    )
-    return result
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
+    argv = list(sys.argv if argv is None else argv)
+    method = _methods.method_of(argv)
+    if method in _methods.OFFLINE:
+        config_cls = _methods.config_class(_offline.OfflineConfig, method)
+        return run_main(
+            _offline.train_offline,
+            config_cls,
+            argv,
+            presets=_offline.presets(config_cls),
+            default_preset="fast",
+        )
+    if method != _methods.ONLINE:
+        # Its flags are not known either: the method is what to complain of.
+        argv = [argv[0], f"--method={method}"]
     return run_main(
         train, TrainPolicyConfig, argv, presets=PRESETS, default_preset="fast"
     )

@@ -45,14 +45,13 @@ def _check_temperature(inverse_temperature: float, max_weight: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IqlCriticsConfig:
-    """Settings of `iql_critics`; the defaults are the paper's for locomotion.
+    """Settings of `iql_critics`; the defaults are the paper's for locomotion, where it
+    multiplies rewards by 1000 over the range of the episodes' returns.
 
     Attributes:
         expectile: τ of the state value, in (0, 1); 0.5 is the mean over the data's
             actions, 0.9 is for sparse rewards.
         discount: γ.
-        reward_scale: factor on every reward. The paper divides by the range of the
-            episodes' returns in the data and multiplies by 1000.
         hidden_sizes: of the state value and of every critic.
         learning_rate: Adam, for both.
         target_update_rate: of the target critics' moving average.
@@ -61,7 +60,6 @@ class IqlCriticsConfig:
 
     expectile: float = 0.7
     discount: float = 0.99
-    reward_scale: float = 1.0
     hidden_sizes: tuple[int, ...] = (256, 256)
     learning_rate: float = 3e-4
     target_update_rate: float = 0.005
@@ -75,11 +73,6 @@ class IqlCriticsConfig:
             raise ValueError(
                 f"target_update_rate={self.target_update_rate}; expected a number in "
                 "(0, 1]"
-            )
-        if not self.reward_scale > 0.0:
-            raise ValueError(
-                f"reward_scale={self.reward_scale}; expected a positive factor (a "
-                "negative one would turn costs into gains)"
             )
 
 
@@ -131,7 +124,7 @@ class IqlCritics(NamedTuple):
     """A `base.Learner` with what it learns as functions of ``state.params``.
 
     ``q(params, observation, action) -> [*batch]`` is the minimum of the *target* critics,
-    ``value(params, observation) -> [*batch]``. Both are in scaled rewards.
+    ``value(params, observation) -> [*batch]``.
     """
 
     init: Callable[..., IqlCriticsState]
@@ -269,7 +262,7 @@ def iql_critics(config: IqlCriticsConfig, spec: SpaceSpec) -> IqlCritics:
         change, value_optimizer = optimizer.update(gradient, state.value_optimizer)
         new_value = optax.apply_updates(params.value, change)
         target = critic_target(
-            config.reward_scale * batch.reward,
+            batch.reward,
             batch.terminated,
             value_net.apply(new_value, batch.next_observation)[..., 0][None],
             jnp.zeros_like(batch.reward),

@@ -106,7 +106,6 @@ def test_weights_are_clipped_before_they_overflow():
     [
         (lambda: IqlCriticsConfig(expectile=1.0), "expectile=1.0"),
         (lambda: IqlCriticsConfig(expectile=0.0), "expectile=0.0"),
-        (lambda: IqlCriticsConfig(reward_scale=-1.0), "reward_scale=-1.0"),
         (lambda: IqlConfig(inverse_temperature=-0.1), "inverse_temperature=-0.1"),
         (lambda: IqlConfig(max_weight=0.0), "max_weight=0.0"),
         (
