@@ -1,0 +1,432 @@
+"""Implicit behavioural cloning: an energy of observation and action, and its lowest action.
+
+The energy learns by telling recorded actions from others (InfoNCE); acting searches its
+minimum, with Langevin chains or a derivative-free population. An argmin may jump where the
+experts do, and has as many modes as they; a regression has to go between.
+
+What the energy is depends on the negatives. Uniform ones in the box, or a proposal of known
+density with the ranking correction, make ``-E = log p(a|s) + c(s)`` at the optimum. A
+proposal without the correction gives ``log p - log q``. Langevin negatives follow the energy
+itself, so that ``q`` is unknown: the published recipe, whose energy is no log-density.
+
+Inside, actions are scaled so that the box is ``[-1, 1]``: steps, clips and the penalty's
+margin mean the same in every dimension and task.
+
+References:
+    Florence et al., "Implicit Behavioral Cloning", CoRL 2021, and its public code.
+    https://arxiv.org/abs/2109.00137
+    Singh, Tu, Sindhwani, "Revisiting Energy Based Models as Policies: Ranking Noise
+    Contrastive Estimation and Interpolating Energy Models", TMLR 2024.
+    https://arxiv.org/abs/2309.05803
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from emfuse_jax.base import (
+    EnergyFn,
+    Metrics,
+    Params,
+    Policy,
+    Sampler,
+    SpaceSpec,
+    Transition,
+)
+from emfuse_jax.data import normalizer as normalization
+from emfuse_jax.data.normalizer import Normalizer
+from emfuse_jax.loops import run_sampler
+from emfuse_jax.losses.contrastive import info_nce, ranking_nce
+from emfuse_jax.losses.negatives import chain_negatives, uniform_negatives
+from emfuse_jax.losses.penalties import gradient_penalty
+from emfuse_jax.nets.energy import EnergyNetwork, conditional_energy
+from emfuse_jax.samplers.derivative_free import derivative_free
+from emfuse_jax.samplers.langevin import etm_langevin
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IbcConfig:
+    """Settings of `ibc`; lengths are in the box scaled to [-1, 1].
+
+    Attributes:
+        hidden_sizes: of the energy, unless a network is passed.
+        learning_rate: Adam.
+        decay: factor of the learning rate every 100 updates; 1 keeps it.
+        negatives: where they come from: uniform in the box, langevin chains on the
+            energy from uniform starts, or a proposal of known density.
+        num_negatives: per recorded action.
+        ranking_correction: subtract the proposal's log-density from the logits.
+        penalty: weight of the gradient penalty, on all candidates; 0 for none. Published
+            with Langevin negatives, at the last step of their chains.
+        margin: largest slope that costs nothing, in the maximum norm.
+        chain_steps: Langevin steps, of negatives and of acting.
+        first_step: rate of a chain's first step.
+        last_step: rate of its last.
+        noise: factor of a chain's noise, which is multiplied by the rate.
+        step_clip: largest move of a coordinate in a step.
+        inference: how to act: langevin or derivative_free.
+        num_samples: candidates per action.
+        second_pass: follow the chains by as many steps at the last rate and half the
+            noise.
+        search_steps: resampling steps of the derivative-free search.
+        search_noise: standard deviation of its first noise, halved in every step.
+    """
+
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    learning_rate: float = 1e-3
+    decay: float = 0.99
+    negatives: Literal["uniform", "langevin", "proposal"] = "langevin"
+    num_negatives: int = 8
+    ranking_correction: bool = False
+    penalty: float = 1.0
+    margin: float = 1.0
+    chain_steps: int = 100
+    first_step: float = 0.1
+    last_step: float = 1e-5
+    noise: float = 1.0
+    step_clip: float = 0.1
+    inference: Literal["langevin", "derivative_free"] = "langevin"
+    num_samples: int = 512
+    second_pass: bool = False
+    search_steps: int = 3
+    search_noise: float = 0.33
+
+    def __post_init__(self) -> None:
+        choices = {
+            "negatives": ("uniform", "langevin", "proposal"),
+            "inference": ("langevin", "derivative_free"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}; expected one of {allowed}"
+                )
+        for name in ("num_negatives", "chain_steps", "num_samples", "search_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty={self.penalty}; expected 0 or more")
+        if self.ranking_correction and self.negatives == "langevin":
+            raise ValueError(
+                "ranking_correction needs the density of the negatives, which chains on "
+                "the energy do not have; take negatives='proposal', or 'uniform'"
+            )
+
+
+class ActionBox(NamedTuple):
+    """Where actions are searched, in raw units: ``low < high`` in every dimension."""
+
+    low: Float[Array, "act"]
+    high: Float[Array, "act"]
+
+
+class Proposal(NamedTuple):
+    """Negatives of known density, in raw units.
+
+    ``draw(key, observation [*batch, obs], num) -> (actions [*batch, num, act], log q
+    [*batch, num])``; ``log_prob(observation, action [*batch, act]) -> log q [*batch]``.
+    """
+
+    draw: Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class IbcParams(NamedTuple):
+    """``energy`` is trained; ``normalizer`` is of observations, both others of the data."""
+
+    energy: Params
+    normalizer: Normalizer
+    box: ActionBox
+
+
+class IbcState(NamedTuple):
+    params: IbcParams
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+def action_box(
+    actions: Any, *, margin: float = 0.05, limits: tuple[float, float] = (-1.0, 1.0)
+) -> ActionBox:
+    """The range of recorded actions, widened by ``margin`` of it, within ``limits``.
+
+    A wrong box is the most common fault of implicit cloning: too small and the expert's
+    own actions cannot be found, too large and most negatives teach nothing.
+
+    Args:
+        actions: ``[rows, act]``.
+        margin: share of the range added at either end. A constant dimension gets this
+            share of the limits' range.
+        limits: of the actions that the environment takes.
+
+    Raises:
+        ValueError: without rows, or if actions lie outside the limits.
+
+    Example:
+        >>> box = action_box(jnp.array([[-0.5, 0.0], [0.5, 1.0]]))
+        >>> [f"{x:.2f}" for x in (*box.low, *box.high)]
+        ['-0.55', '-0.05', '0.55', '1.00']
+    """
+    actions = np.asarray(actions, np.float32)
+    if actions.ndim != 2 or len(actions) == 0:
+        raise ValueError(f"actions of shape {actions.shape}; expected [rows, act]")
+    least, most = actions.min(axis=0), actions.max(axis=0)
+    if (least < limits[0] - 1e-6).any() or (most > limits[1] + 1e-6).any():
+        raise ValueError(
+            f"actions reach from {float(least.min()):.4g} to {float(most.max()):.4g}, "
+            f"outside the limits {limits}; rescale them, or pass their own limits"
+        )
+    width = most - least
+    width = np.where(width > 1e-6, width, limits[1] - limits[0])
+    return ActionBox(
+        jnp.asarray(np.maximum(least - margin * width, limits[0])),
+        jnp.asarray(np.minimum(most + margin * width, limits[1])),
+    )
+
+
+def evaluations_per_action(config: IbcConfig) -> tuple[int, int]:
+    """Energies and gradients of energies that one action takes, in rows of the network."""
+    if config.inference == "derivative_free":
+        return config.num_samples * (config.search_steps + 1), 0
+    steps = config.chain_steps * (2 if config.second_pass else 1)
+    return config.num_samples, config.num_samples * steps
+
+
+def ibc(
+    config: IbcConfig,
+    spec: SpaceSpec,
+    *,
+    network: EnergyNetwork | None = None,
+    proposal: Proposal | None = None,
+) -> Policy:
+    """Implicit behavioural cloning.
+
+    ``init(key, *, normalizer=None, box=None) -> IbcState``: pass
+    `data.normalizer.fit_normalizer` of the observations and `action_box` of the actions
+    (None: raw observations, and the box [-1, 1]). ``update(key, state, batch: Transition)``
+    reads observations and actions only. ``act`` takes the lowest candidate if
+    deterministic, as published; otherwise one of them in proportion to ``exp(-E)``. Both
+    need a key, for the candidates' starts. ``energy(params, observation, action)`` in raw
+    units, low is likely.
+
+    Args:
+        config: see `IbcConfig`.
+        spec: sizes of the spaces.
+        network: of normalised observation and scaled action; None is
+            `nets.energy.conditional_energy`.
+        proposal: of the negatives, where ``config.negatives`` is "proposal".
+
+    Raises:
+        ValueError: if there is a proposal and no use for it, or none and one is needed.
+    """
+    if (proposal is None) == (config.negatives == "proposal"):
+        raise ValueError(
+            f"negatives={config.negatives!r} and proposal={proposal}; pass a Proposal "
+            "exactly where negatives='proposal'"
+        )
+    if network is None:
+        network = conditional_energy(config.hidden_sizes)
+    optimizer = optax.adam(_learning_rate(config))
+
+    def init(
+        key: jax.Array,
+        *,
+        normalizer: Normalizer | None = None,
+        box: ActionBox | None = None,
+    ) -> IbcState:
+        one, size = jnp.ones(spec.action_size), spec.observation_size
+        if normalizer is None:
+            normalizer = Normalizer(jnp.zeros(size), jnp.ones(size))
+        energy = network.init(key, jnp.zeros(size), one)
+        box = ActionBox(-one, one) if box is None else box
+        params = IbcParams(energy, normalizer, box)
+        return IbcState(params, optimizer.init(energy), jnp.zeros((), jnp.int32))
+
+    def energy(
+        params: IbcParams, observation: jax.Array, action: jax.Array
+    ) -> jax.Array:
+        energy_fn = _condition(network, params, observation)
+        return energy_fn(_scale(params.box, action))
+
+    def objective(trained: Params, key: jax.Array, state: IbcState, batch: Transition):
+        observation = batch.observation
+        chain_energy = _condition(network, state.params, observation)
+        negatives = _negatives(
+            key, config, proposal, state.params.box, chain_energy, batch
+        )
+        params = state.params._replace(energy=trained)
+        energy_fn = _condition(network, params, observation)
+        return _loss(config, energy_fn, _scale(params.box, batch.action), negatives)
+
+    def update(
+        key: jax.Array, state: IbcState, batch: Transition
+    ) -> tuple[IbcState, Metrics]:
+        trained = state.params.energy
+        gradient, metrics = jax.grad(objective, has_aux=True)(
+            trained, key, state, batch
+        )
+        updates, new = optimizer.update(gradient, state.optimizer)
+        params = state.params._replace(energy=optax.apply_updates(trained, updates))
+        return IbcState(params, new, state.step + 1), metrics
+
+    def act(
+        params: IbcParams,
+        key: jax.Array,
+        observation: jax.Array,
+        *,
+        deterministic: bool = False,
+    ) -> jax.Array:
+        key_search, key_choice = jax.random.split(key)
+        energy_fn = _condition(network, params, observation)
+        shape = (*observation.shape[:-1], config.num_samples, spec.action_size)
+        candidates = _search(key_search, config, energy_fn, shape)
+        energies = energy_fn(candidates)
+        if deterministic:
+            index = jnp.argmin(energies, axis=-1)
+        else:
+            index = jax.random.categorical(key_choice, -energies)
+        chosen = jnp.take_along_axis(candidates, index[..., None, None], axis=-2)
+        return _unscale(params.box, chosen[..., 0, :])
+
+    return Policy(init, update, act, energy)
+
+
+def _learning_rate(config: IbcConfig) -> Any:
+    if config.decay == 1.0:
+        return config.learning_rate
+    return optax.exponential_decay(
+        config.learning_rate, 100, config.decay, staircase=True
+    )
+
+
+def _condition(
+    network: EnergyNetwork, params: IbcParams, observation: jax.Array
+) -> EnergyFn:
+    """The energy of scaled actions ``[*batch, act]`` or ``[*batch, candidate, act]``, with
+    the observation's half of the network read once."""
+    normal = normalization.apply(params.normalizer, observation)
+    projected = network.project(params.energy, normal)
+
+    def energy_fn(scaled: jax.Array) -> jax.Array:
+        one_each = scaled.ndim == projected.ndim
+        spread = projected if one_each else projected[..., None, :]
+        spread = jnp.broadcast_to(spread, (*scaled.shape[:-1], projected.shape[-1]))
+        return network.energy(params.energy, spread, scaled)
+
+    return energy_fn
+
+
+class _Negatives(NamedTuple):
+    """Scaled, with the log-densities of the proposal there and at the recorded actions."""
+
+    action: Float[Array, "*batch negative act"]
+    log_proposal: Float[Array, "*batch negative"]
+    positive_log_proposal: Float[Array, "*batch"]
+
+
+def _negatives(
+    key: jax.Array,
+    config: IbcConfig,
+    proposal: Proposal | None,
+    box: ActionBox,
+    energy_fn: EnergyFn,
+    batch: Transition,
+) -> _Negatives:
+    *rows, action_size = batch.action.shape
+    if proposal is not None:
+        drawn, log_q = proposal.draw(key, batch.observation, config.num_negatives)
+        known = proposal.log_prob(batch.observation, batch.action)
+        return jax.lax.stop_gradient(_Negatives(_scale(box, drawn), log_q, known))
+    key_start, key_chain = jax.random.split(key)
+    shape = (*rows, config.num_negatives, action_size)
+    drawn = uniform_negatives(key_start, shape)
+    if config.negatives == "langevin":
+        sampler = _chain(config, energy_fn)
+        drawn = chain_negatives(key_chain, sampler, drawn, config.chain_steps)
+    # A uniform density is the same everywhere, so it corrects nothing.
+    return _Negatives(drawn, jnp.zeros(shape[:-1]), jnp.zeros(tuple(rows)))
+
+
+def _loss(
+    config: IbcConfig, energy_fn: EnergyFn, action: jax.Array, negatives: _Negatives
+) -> tuple[jax.Array, Metrics]:
+    """Contrast and gradient penalty, over the recorded action and its negatives."""
+    candidates = jnp.concatenate([action[..., None, :], negatives.action], axis=-2)
+    energies = energy_fn(candidates)
+    observed, others = energies[..., 0], energies[..., 1:]
+    if config.ranking_correction:
+        log_proposals = negatives.positive_log_proposal, negatives.log_proposal
+        contrastive = jnp.mean(ranking_nce(observed, others, *log_proposals))
+    else:
+        contrastive = jnp.mean(info_nce(observed, others))
+    penalty = jnp.zeros(())
+    if config.penalty > 0:
+        steep = gradient_penalty(
+            energy_fn, candidates, margin=config.margin, order=jnp.inf
+        )
+        penalty = jnp.mean(steep)
+    total = contrastive + config.penalty * penalty
+    return total, {
+        "loss": total,
+        "contrastive": contrastive,
+        "penalty": penalty,
+        "accuracy": jnp.mean(jnp.all(observed[..., None] < others, axis=-1)),
+        "gap": jnp.mean(others) - jnp.mean(observed),
+    }
+
+
+def _chain(config: IbcConfig, energy_fn: EnergyFn, *, second: bool = False) -> Sampler:
+    """``η (½ ∇E + noise · ε)`` with clipped steps, in the box."""
+    return etm_langevin(
+        energy_fn,
+        config.chain_steps,
+        first=config.last_step if second else config.first_step,
+        last=config.last_step,
+        noise=0.5 * config.noise if second else config.noise,
+        drift_clip=None,
+        step_clip=config.step_clip,
+        bounds=(-1.0, 1.0),
+    )
+
+
+def _search(
+    key: jax.Array, config: IbcConfig, energy_fn: EnergyFn, shape: tuple[int, ...]
+) -> jax.Array:
+    """Candidates ``[*batch, candidate, act]`` of low energy, from uniform ones."""
+    key_start, key_first, key_second = jax.random.split(key, 3)
+    position = uniform_negatives(key_start, shape)
+    if config.inference == "derivative_free":
+        sampler = derivative_free(energy_fn, noise=config.search_noise)
+        return run_sampler(key_first, sampler, position, config.search_steps)[
+            0
+        ].position
+    sampler = _chain(config, energy_fn)
+    position = run_sampler(key_first, sampler, position, config.chain_steps)[0].position
+    if config.second_pass:
+        sampler = _chain(config, energy_fn, second=True)
+        state, _ = run_sampler(key_second, sampler, position, config.chain_steps)
+        position = state.position
+    return position
+
+
+def _scale(box: ActionBox, action: jax.Array) -> jax.Array:
+    low, high = _spread(box, action)
+    return 2.0 * (action - low) / (high - low) - 1.0
+
+
+def _unscale(box: ActionBox, scaled: jax.Array) -> jax.Array:
+    low, high = _spread(box, scaled)
+    return jnp.clip(low + 0.5 * (scaled + 1.0) * (high - low), low, high)
+
+
+def _spread(box: ActionBox, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (
+        jnp.broadcast_to(box.low, action.shape),
+        jnp.broadcast_to(box.high, action.shape),
+    )
