@@ -16,13 +16,20 @@ from emfuse_jax.dynamics.contrastive import ContrastiveConfig, contrastive_dynam
 from emfuse_jax.dynamics.ensemble import EnsembleConfig, gaussian_ensemble
 from emfuse_jax.dynamics.etm import EtmConfig, etm
 from emfuse_jax.dynamics.fused import (
-    ETM_SAMPLING,
     FusionConfig,
-    SamplingConfig,
     fuse_dynamics,
     transition_model,
 )
+from emfuse_jax.dynamics.mcetm import McetmConfig, mcetm
 from emfuse_jax.dynamics.rollout import Rollout, act_on, push, rollout
+from emfuse_jax.dynamics.sampling import ETM_SAMPLING, SamplingConfig
+from emfuse_jax.dynamics.truncation import (
+    Calibration,
+    CandidateConfig,
+    calibrate,
+    candidates,
+    min_energy_model,
+)
 from emfuse_jax.dynamics.uncertainty import (
     fixed_weights,
     historical_slice_uncertainty,
@@ -34,18 +41,23 @@ __all__ = [
     "ETM_SAMPLING",
     "AdetmConfig",
     "Batch",
+    "Calibration",
+    "CandidateConfig",
     "ContrastiveConfig",
     "Encoded",
     "EnsembleConfig",
     "EtmConfig",
     "Expert",
     "FusionConfig",
+    "McetmConfig",
     "Rollout",
     "SamplingConfig",
     "Scales",
     "Slices",
     "act_on",
     "adetm",
+    "calibrate",
+    "candidates",
     "contrastive_dynamics",
     "etm",
     "fit_scales",
@@ -54,6 +66,8 @@ __all__ = [
     "gaussian_ensemble",
     "historical_slice_uncertainty",
     "make_slices",
+    "mcetm",
+    "min_energy_model",
     "pack_target",
     "push",
     "rollout",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from emfuse_jax.base import Network, Params, SpaceSpec
 from emfuse_jax.data.normalizer import apply as normalize
 from emfuse_jax.dynamics.base import Anchor, Encoded, Expert, Scales, Slices
-from emfuse_jax.dynamics.fused import ETM_SAMPLING, SamplingConfig
+from emfuse_jax.dynamics.sampling import ETM_SAMPLING, SamplingConfig
 from emfuse_jax.nets.energy import conditional_energy
 from emfuse_jax.nets.mlp import mlp
 

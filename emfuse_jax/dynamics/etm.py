@@ -27,6 +27,19 @@ class EtmConfig(ContrastiveConfig):
 def etm(config: EtmConfig, spec: SpaceSpec) -> Dynamics:
     """The one-step energy transition model: ``init(key, scales)``, ``update(key, state,
     Batch)`` and ``model``, whose slice uncertainty is 0: it has one slice."""
+    size = spec.observation_size + spec.action_size
+    return contrastive_dynamics(
+        state_action_encoder(),
+        config,
+        spec,
+        num_lags=1,
+        anchor="current",
+        feature_size=size,
+    )
+
+
+def state_action_encoder() -> Network:
+    """The encoder without parameters: the newest ``[s ‖ a]`` itself."""
 
     def concatenate(
         params: dict, anchor: jax.Array, action: jax.Array, lags: jax.Array
@@ -34,8 +47,4 @@ def etm(config: EtmConfig, spec: SpaceSpec) -> Dynamics:
         del params, lags
         return jnp.concatenate([anchor, action[..., 0, :]], axis=-1)
 
-    encoder = Network(lambda key, *example: {}, concatenate)
-    size = spec.observation_size + spec.action_size
-    return contrastive_dynamics(
-        encoder, config, spec, num_lags=1, anchor="current", feature_size=size
-    )
+    return Network(lambda key, *example: {}, concatenate)

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from emfuse_jax.base import (
-    EnergyFn,
     History,
     Params,
     Prediction,
@@ -40,6 +39,7 @@ from emfuse_jax.dynamics.base import (
     pack_target,
     pick_slice,
 )
+from emfuse_jax.dynamics.sampling import ETM_SAMPLING, SamplingConfig, chain, quiet
 from emfuse_jax.dynamics.uncertainty import (
     fixed_weights,
     historical_slice_uncertainty,
@@ -47,46 +47,7 @@ from emfuse_jax.dynamics.uncertainty import (
     uniform_weights,
 )
 from emfuse_jax.energy import check_weights, weighted_energy
-from emfuse_jax.samplers import etm_langevin, run_chains
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How a target is found on an energy, in units of the experts' scale.
-
-    Attributes:
-        num_steps: langevin steps from the start; 0 predicts the start itself.
-        uncertainty_steps: steps (without noise) before the slices are compared; 0
-            compares their starts.
-        margin: chains keep within ``start ± margin · scale``.
-        first: first step size.
-        last: last step size; they fall quadratically.
-        noise: noise, multiplied by the step size. 0 descends to a mode.
-        drift_clip: largest gradient component: one below ``margin / Σ step sizes``
-            could not reach the margin at all.
-        step_clip: largest step component.
-        slice_choice: which slice moves a rollout: the most accurate, or one drawn
-            per row as in ADMPO.
-        block_rows: chains that run together: as many as stay in the cache.
-    """
-
-    num_steps: int = 3
-    uncertainty_steps: int = 0
-    margin: float = 0.5
-    first: float = 0.5
-    last: float = 1e-3
-    noise: float = 0.0
-    drift_clip: float = 10.0
-    step_clip: float = 0.5
-    slice_choice: Literal["newest", "random"] = "newest"
-    block_rows: int = 512
-
-
-ETM_SAMPLING = SamplingConfig(
-    num_steps=50, uncertainty_steps=50, margin=1.1, first=0.1, last=1e-5
-)
-"""The deterministic chain of ETM through the box of the data, from "nothing changes"; its
-gradient clip is that of training, so that it can reach every target."""
+from emfuse_jax.samplers import run_chains
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,10 +228,10 @@ def _fused_model(
         target = fused.start
         # One slice agrees with itself: its chains would run for nothing.
         if sampling.uncertainty_steps and len(target) > 1:
-            quiet = dataclasses.replace(sampling, noise=0.0)
+            silent = quiet(sampling)
             key = jax.random.key(0)  # without noise the chain draws nothing from it
             target = descend(
-                key, params, fused, members, quiet, sampling.uncertainty_steps
+                key, params, fused, members, silent, sampling.uncertainty_steps
             )
         following = fused.anchor + target[..., :-1]
         return historical_slice_uncertainty(
@@ -364,8 +325,7 @@ def _own_modes(
         def energies(z: Float[Array, "model dim"]) -> Float[Array, "model"]:
             return members.own_energies(params, prepared, row.start + row.scale * z)
 
-        quiet = dataclasses.replace(sampling, noise=0.0)
-        return _chain(energies, quiet, sampling.num_steps)
+        return chain(energies, quiet(sampling), sampling.num_steps)
 
     z, _ = run_chains(
         jax.random.key(0),  # without noise the chain draws nothing from it
@@ -436,9 +396,13 @@ def descend(
                 members.energies(params, prepared, target), row_weights
             )
 
-        return _chain(energy, sampling, num_steps)
+        return chain(energy, sampling, num_steps)
 
     origin = jnp.zeros_like(condition[0])
+    if sampling.spread:
+        key_start, key = jax.random.split(key)
+        origin = sampling.spread * jax.random.normal(key_start, origin.shape)
+        origin = jnp.clip(origin, -sampling.margin, sampling.margin)
     z, _ = run_chains(
         key,
         make_sampler,
@@ -448,20 +412,6 @@ def descend(
         block_rows=sampling.block_rows,
     )
     return (condition[0] + condition[1] * z).reshape(*lead, -1)
-
-
-def _chain(energy: EnergyFn, sampling: SamplingConfig, num_steps: int) -> Sampler:
-    """The configured chain in coordinates where the start is 0 and the scale 1."""
-    return etm_langevin(
-        energy,
-        num_steps,
-        first=sampling.first,
-        last=sampling.last,
-        noise=sampling.noise,
-        drift_clip=sampling.drift_clip,
-        step_clip=sampling.step_clip,
-        bounds=(-sampling.margin, sampling.margin),
-    )
 
 
 def _rows_first(leaf: jax.Array, axis: int, num_axes: int) -> jax.Array:

@@ -1,0 +1,265 @@
+"""The terms that MC-ETM adds to an energy's own loss: see `dynamics.mcetm`."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from emfuse_jax.base import Metrics, Params
+from emfuse_jax.data.normalizer import Normalizer
+from emfuse_jax.dynamics._energy_losses import LossFn
+from emfuse_jax.dynamics._energy_model import Forward, Rows
+from emfuse_jax.dynamics.base import Encoded, Scales
+from emfuse_jax.losses import (
+    chain_negatives,
+    contrastive_divergence,
+    energy_magnitude,
+    info_nce,
+)
+from emfuse_jax.nets.autoencoder import Autoencoder
+from emfuse_jax.samplers import annealed_langevin
+
+if TYPE_CHECKING:
+    from emfuse_jax.dynamics.mcetm import McetmConfig
+
+
+class McetmParams(NamedTuple):
+    """`ContrastiveParams` and the autoencoder of scaled targets."""
+
+    scales: Scales
+    encoder: Params
+    head: Params
+    energy: Params
+    autoencoder: Params
+
+
+class Negatives(NamedTuple):
+    """What the two chains ended at, in scaled targets ``[*batch, dim]``.
+
+    ``decoded`` lies on the decoder's surface, ``visible`` near it.
+    """
+
+    decoded: Float[Array, "*batch dim"]
+    visible: Float[Array, "*batch dim"]
+
+
+def manifold_negatives(
+    key: jax.Array,
+    coder: Autoencoder,
+    params: Params,
+    energy_fn: Callable[[jax.Array], jax.Array],
+    target: Float[Array, "*batch dim"],
+    config: "McetmConfig",
+) -> Negatives:
+    """Perturbs the codes of targets, runs Langevin on the code, decodes, and runs a short
+    chain on what was decoded. Gradients are stopped.
+
+    Both chains follow the energy without a temperature of their own: calibrated noise
+    ``√(2h)``, so that what they end at is drawn from near the energy's law.
+
+    Args:
+        key: consumed.
+        coder: the autoencoder, with its parameters.
+        params: the autoencoder's.
+        energy_fn: of scaled targets, given the row's condition.
+        target: observed targets, scaled.
+        config: widths, steps and clips.
+
+    References:
+        Yoon et al., "Energy-based models for anomaly detection: a manifold diffusion
+        recovery approach", NeurIPS 2023 (MPDR). https://arxiv.org/abs/2310.18677
+    """
+    key_width, key_noise, key_latent, key_visible = jax.random.split(key, 4)
+    low, high = config.code_noise
+    code = coder.encode(params, target)
+    width = jax.random.uniform(
+        key_width, (*code.shape[:-1], 1), minval=low, maxval=high
+    )
+    start = code + width * jax.random.normal(key_noise, code.shape)
+    latent = _chain(
+        lambda z: energy_fn(coder.decode(params, z)), config.latent_step, (-1.0, 1.0)
+    )
+    code = chain_negatives(
+        key_latent, latent, jnp.clip(start, -1.0, 1.0), config.latent_steps
+    )
+    decoded = jax.lax.stop_gradient(coder.decode(params, code))
+    visible = _chain(energy_fn, config.visible_step, None)
+    return Negatives(
+        decoded, chain_negatives(key_visible, visible, decoded, config.visible_steps)
+    )
+
+
+def _chain(energy_fn: Any, step_size: float, bounds: Any) -> Any:
+    return annealed_langevin(
+        energy_fn,
+        lambda step: step_size,
+        lambda step: jnp.sqrt(2.0 * step_size),
+        drift_clip=10.0,
+        bounds=bounds,
+    )
+
+
+class Parts(NamedTuple):
+    """What the terms are made of."""
+
+    config: "McetmConfig"
+    forward: Forward
+    coder: Autoencoder
+
+    @property
+    def with_head(self) -> bool:
+        """Whether residuals are those of a Gaussian head."""
+        return self.config.negatives == "proposal"
+
+    def quadratic(self, residual: jax.Array) -> jax.Array:
+        """The head's own part of the energy."""
+        half = 0.5 * jnp.sum(jnp.square(residual), axis=-1)
+        return half if self.with_head else jnp.zeros_like(half)
+
+    def tilt(self, params: Params, feature: jax.Array, residual: jax.Array):
+        """The learned part of the energy."""
+        projected = self.forward.prepare(params, feature)
+        return self.forward.tilt(params, projected, residual)
+
+    def scaled(self, params: Any, rows: Rows) -> tuple[Normalizer, jax.Array]:
+        """Each row's scaler, and its target in it."""
+        index = jnp.sum(rows.lags, axis=-1) - 1
+        scale = jax.tree.map(lambda leaf: leaf[index], params.scales.target)
+        return scale, (rows.target - scale.mean) / scale.scale
+
+    def conditional(
+        self, params: Any, encoded: Encoded, scale: Normalizer
+    ) -> Callable[[jax.Array], jax.Array]:
+        """The energy of scaled targets, up to each row's constant."""
+
+        def energy(target: jax.Array) -> jax.Array:
+            raw = scale.mean + scale.scale * target
+            residual = (raw - encoded.start) / encoded.scale
+            return self.quadratic(residual) + self.tilt(
+                params, encoded.feature, residual
+            )
+
+        return energy
+
+    def negatives(self, params: Any, key: jax.Array, rows: Rows) -> Negatives:
+        """`manifold_negatives` of these rows; the key is consumed."""
+        params = jax.lax.stop_gradient(params)
+        encoded = self.forward.encode(params, rows.anchor, rows.action, rows.lags)
+        scale, target = self.scaled(params, rows)
+        return manifold_negatives(
+            key,
+            self.coder,
+            params.autoencoder,
+            self.conditional(params, encoded, scale),
+            target,
+            self.config,
+        )
+
+
+def manifold_loss(parts: Parts, own_loss: LossFn) -> LossFn:
+    """``own_loss``, the autoencoder's reconstruction and the terms of MC-ETM."""
+    config = parts.config
+    first = round(config.head_phase * config.num_steps) if parts.with_head else 0
+
+    def terms(
+        params: McetmParams, key: jax.Array, rows: Rows
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        key_chain, key_cross = jax.random.split(key)
+        encoded = jax.lax.stop_gradient(
+            parts.forward.encode(params, rows.anchor, rows.action, rows.lags)
+        )
+        residual = (rows.target - encoded.start) / encoded.scale
+        positive = parts.tilt(params, encoded.feature, residual)
+        elsewhere = _elsewhere(parts, params, key_cross, rows, residual)
+        # The residual is the same on both sides, and so its quadratic drops out.
+        cross = info_nce(
+            jnp.broadcast_to(positive[None], elsewhere.shape), elsewhere[..., None]
+        )
+        magnitude = energy_magnitude(positive, elsewhere.T)
+        near = jnp.zeros(())
+        if config.manifold_weight:
+            negative = parts.negatives(params, key_chain, rows).visible
+            scale, _ = parts.scaled(params, rows)
+            energies = parts.conditional(params, encoded, scale)(negative)
+            near = jnp.mean(
+                contrastive_divergence(
+                    positive + parts.quadratic(residual), energies[..., None]
+                )
+            )
+        return near, jnp.mean(cross), jnp.mean(magnitude)
+
+    def loss(
+        params: McetmParams, key: jax.Array, rows: Rows, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        key_own, key_code, key_terms = jax.random.split(key, 3)
+        own, metrics = own_loss(params, key_own, rows, step)
+        reconstruction = _reconstruction(parts, params, key_code, rows)
+        some = jax.tree.map(lambda leaf: leaf[: config.energy_rows], rows)
+        near, cross, magnitude = jax.lax.cond(
+            step >= first,
+            lambda p: terms(p, key_terms, some),
+            lambda p: (jnp.zeros(()),) * 3,
+            params,
+        )
+        total = own + reconstruction + config.manifold_weight * near
+        total = total + config.cross_weight * cross
+        total = total + config.magnitude_weight * magnitude
+        return total, {
+            **metrics,
+            "loss": total,
+            "reconstruction": reconstruction,
+            "manifold_loss": near,
+            "cross_loss": cross,
+            "energy_magnitude": magnitude,
+        }
+
+    return loss
+
+
+def _elsewhere(
+    parts: Parts, params: Any, key: jax.Array, rows: Rows, residual: jax.Array
+) -> Float[Array, "cross batch"]:
+    """The tilt of the same residuals at random neighbours of ``(s, a)``: a symmetric
+    move, so that the comparison is consistent for the joint density."""
+    moved = perturb(key, rows, params.scales, parts.config)
+    feature = jax.lax.stop_gradient(
+        parts.forward.encode(params, moved.anchor, moved.action, moved.lags).feature
+    )
+    shape = (*feature.shape[:-1], residual.shape[-1])
+    return parts.tilt(params, feature, jnp.broadcast_to(residual[None], shape))
+
+
+def _reconstruction(
+    parts: Parts, params: McetmParams, key: jax.Array, rows: Rows
+) -> jax.Array:
+    _, target = parts.scaled(params, rows)
+    code = parts.coder.encode(params.autoencoder, target)
+    code = code + parts.config.code_jitter * jax.random.normal(key, code.shape)
+    decoded = parts.coder.decode(params.autoencoder, code)
+    return jnp.mean(jnp.square(decoded - target))
+
+
+def perturb(key: jax.Array, rows: Rows, scales: Scales, config: "McetmConfig") -> Rows:
+    """``rows`` at states and actions moved by a scale mixture of normal noise, ``[cross,
+    batch, …]``; the width does not depend on where a row is, so the move is symmetric."""
+    key_width, key_state, key_action = jax.random.split(key, 3)
+    num = config.num_cross
+    widths = jnp.asarray(config.cross_scales)
+    width = widths[
+        jax.random.randint(key_width, (num, rows.anchor.shape[0], 1), 0, len(widths))
+    ]
+
+    def move(key: jax.Array, x: jax.Array, scale: jax.Array) -> jax.Array:
+        shape = (num, *x.shape)
+        own = width.reshape(*width.shape, *(1,) * (x.ndim - 2))
+        unit = scale.reshape((1,) * x.ndim + scale.shape)
+        return x[None] + own * unit * jax.random.normal(key, shape)
+
+    return Rows(
+        move(key_state, rows.anchor, scales.observation.scale),
+        move(key_action, rows.action, scales.action.scale),
+        jnp.broadcast_to(rows.lags[None], (num, *rows.lags.shape)),
+        jnp.broadcast_to(rows.target[None], (num, *rows.target.shape)),
+    )

@@ -1,0 +1,190 @@
+"""Where a rollout should stop: the least energy over a few candidates of the next state.
+
+An energy that can be compared between states (`dynamics.mcetm`) is high everywhere where
+the model knows nothing, so its least value over candidates is a reliability signal. What
+is too high is calibrated on held-out rows of the data, with the same sampler: the least of
+more candidates is lower, and so is that of longer chains, so that a threshold is worth
+nothing with another sampler. `Calibration` stores what made it and refuses the rest.
+
+Reference: Fang et al., arXiv:2602.02900 (the signal); Kidambi et al., "MOReL: model-based
+offline reinforcement learning", NeurIPS 2020 (the state that ends an episode).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emfuse_jax.base import History, Params, Prediction, TransitionModel
+from emfuse_jax.dynamics.base import pick_slice
+from emfuse_jax.dynamics.sampling import SamplingConfig
+
+BuildFn = Callable[[SamplingConfig], TransitionModel]
+"""``sampling -> model``: `transition_model` of an expert, or `fuse_dynamics` of several."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CandidateConfig:
+    """How candidates of a next state are drawn.
+
+    Attributes:
+        num_candidates: chains per row.
+        sampling: the chains. Without noise, since noise puts a floor under every signal
+            that is made of candidates; they differ by where they start.
+    """
+
+    num_candidates: int = 8
+    sampling: SamplingConfig = SamplingConfig(  # noqa: RUF009
+        num_steps=20, spread=1.0, margin=4.0, first=0.3, last=1e-2
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1:
+            raise ValueError(
+                f"num_candidates={self.num_candidates}; expected at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A threshold of the least energy, and what made it.
+
+    Attributes:
+        threshold: least energies above it are out of support.
+        quantile: of the held-out rows' least energies.
+        rows: how many they were.
+        candidates: how the candidates were drawn.
+        model: which parameters were calibrated (a digest); empty: not recorded.
+    """
+
+    threshold: float
+    quantile: float
+    rows: int
+    candidates: CandidateConfig
+    model: str = ""
+
+    def check(self, config: CandidateConfig, *, model: str = "") -> None:
+        """Refuses another sampler than the one that was calibrated.
+
+        Raises:
+            ValueError: naming the setting that differs.
+        """
+        mine, yours = _settings(self.candidates), _settings(config)
+        for name, value in yours.items():
+            if value != mine[name]:
+                raise ValueError(
+                    f"the threshold {self.threshold:.3g} was calibrated with {name}="
+                    f"{mine[name]}, this sampler has {name}={value}; calibrate again "
+                    "with the sampler that is used"
+                )
+        if model and self.model and model != self.model:
+            raise ValueError(
+                f"the threshold {self.threshold:.3g} was calibrated on the parameters "
+                f"{self.model}, these are {model}; calibrate again after training"
+            )
+
+
+def _settings(config: CandidateConfig) -> dict[str, object]:
+    settings = dataclasses.asdict(config)
+    # How many rows run together changes no chain.
+    sampling = {k: v for k, v in settings.pop("sampling").items() if k != "block_rows"}
+    return settings | sampling
+
+
+def candidates(
+    model: TransitionModel, num_candidates: int
+) -> Callable[[Params, jax.Array, History], Prediction]:
+    """``(params, key, history) -> Prediction`` with leaves ``[candidate, *batch, …]``."""
+
+    def draw(params: Params, key: jax.Array, history: History) -> Prediction:
+        keys = jax.random.split(key, num_candidates)
+        return jax.vmap(model.predict, in_axes=(None, 0, None))(params, keys, history)
+
+    return draw
+
+
+def min_energy_model(
+    build: BuildFn,
+    config: CandidateConfig,
+    *,
+    calibration: Calibration | None = None,
+    model: str = "",
+) -> TransitionModel:
+    """A model that predicts the best of several candidates and doubts by its energy.
+
+    ``predict`` moves to the candidate of least energy; ``uncertainty`` is that energy, in
+    nats and of any sign, for ``rollout(…, truncate_above=calibration.threshold)``. It is no
+    penalty: rollouts of it take ``penalty=0``.
+
+    Args:
+        build: ``sampling -> model``, such as
+            ``lambda sampling: transition_model(expert, sampling)``.
+        config: the candidates.
+        calibration: refuses ``config`` if it was made with another sampler.
+        model: digest of the parameters, for that check.
+
+    Raises:
+        ValueError: if the calibration is another sampler's, or another model's.
+    """
+    if calibration is not None:
+        calibration.check(config, model=model)
+    one = build(config.sampling)
+    draw = candidates(one, config.num_candidates)
+
+    def best(params: Params, key: jax.Array, history: History) -> Prediction:
+        drawn = draw(params, key, history)
+        # A chain that left for infinity is no candidate.
+        energy = jnp.where(jnp.isfinite(drawn.energy), drawn.energy, jnp.inf)
+        picked = pick_slice(drawn, jnp.argmin(energy, axis=0))
+        return picked._replace(uncertainty=jnp.min(energy, axis=0))
+
+    return TransitionModel(
+        predict=best,
+        energy=one.energy,
+        uncertainty=lambda params, history: (
+            best(params, jax.random.key(0), history).uncertainty
+        ),
+        expert=one.expert,
+    )
+
+
+def calibrate(
+    build: BuildFn,
+    config: CandidateConfig,
+    params: Params,
+    history: History,
+    *,
+    quantile: float = 0.99,
+    model: str = "",
+) -> Calibration:
+    """Measures the threshold on held-out rows, after training, on the host.
+
+    Args:
+        build: as for `min_energy_model`.
+        config: the candidates that the threshold is for.
+        params: the trained model's.
+        history: rows of the data that it was not trained on, ``[lag, rows, …]``.
+        quantile: share of such rows that stay.
+        model: digest of ``params``, stored.
+
+    Raises:
+        ValueError: if the quantile is not between 0 and 1 or no row has a finite energy.
+    """
+    if not 0.0 < quantile < 1.0:
+        raise ValueError(f"quantile={quantile}; expected a number between 0 and 1")
+    energy = jax.jit(min_energy_model(build, config).uncertainty)(params, history)
+    energy = np.asarray(energy)
+    if not len(energy) or not np.isfinite(energy).all():
+        raise ValueError(
+            f"{np.sum(~np.isfinite(energy))} of {len(energy)} held-out rows have no "
+            "finite energy; calibrate a trained model on at least one row"
+        )
+    return Calibration(
+        threshold=float(np.quantile(energy, quantile)),
+        quantile=quantile,
+        rows=len(energy),
+        candidates=config,
+        model=model,
+    )
