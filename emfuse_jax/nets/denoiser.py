@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from emfuse_jax.base import Network
-from emfuse_jax.nets.mlp import mlp
+from emfuse_jax.nets.mlp import he_normal, mlp, small_uniform
 
 _UNET_SIZES = (512, 256, 128)
 
@@ -88,7 +88,14 @@ def denoiser(action_size: int, config: DenoiserConfig | None = None) -> Network:
     config = DenoiserConfig() if config is None else config
     if config.kind == "unet":
         return _timed(_UNet(action_size), config)
-    return _timed(mlp(action_size, config.hidden_sizes, activation=nn.silu), config)
+    network = mlp(
+        action_size,
+        config.hidden_sizes,
+        activation=nn.silu,
+        kernel_init=he_normal(),
+        output_init=small_uniform(),
+    )
+    return _timed(network, config)
 
 
 def time_energy(
