@@ -38,9 +38,9 @@ class Sizes(NamedTuple):
 
     rows: int = 2000
     profiles: int = 20
-    sampled: int = 40
-    chains: int = 64
-    chain_steps: int = 400
+    sampled: int = 16
+    chains: int = 128
+    chain_steps: int = 300
 
 
 def center(action: Float[Array, "*batch 2"]) -> Float[Array, "*batch"]:
@@ -250,6 +250,8 @@ def _sampled(
         ratio = jnp.std(points[..., 0], axis=0) / spread
         return {
             "mean_error": jnp.mean(jnp.linalg.norm(middle - truth, axis=-1)),
+            # The law's own distance: what a perfect sampler would be measured at.
+            "law_to_curve": jnp.mean(jnp.linalg.norm(truth - curve(m), axis=-1)),
             "mean_to_curve": jnp.mean(jnp.linalg.norm(middle - curve(m), axis=-1)),
             "along_std": jnp.mean(jnp.std(points[..., 0], axis=0)),
             "along_std_ratio": jnp.mean(ratio),

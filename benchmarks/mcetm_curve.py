@@ -29,9 +29,7 @@ from emfuse_jax.dynamics.mcetm import mcetm, near_manifold
 from experiments._progress import Progress
 from experiments._run import run_main
 
-MCETM = McetmConfig(
-    num_steps=8_000, head_phase=0.25, batch_size=128, energy_rows=128, num_negatives=16
-)
+MCETM = McetmConfig(num_steps=5_000, head_phase=0.25, batch_size=64)
 CANDIDATES = CandidateConfig()
 
 
@@ -185,6 +183,7 @@ def study(config: CurveConfig) -> dict[str, Any]:
             "ood_auc_tripled",
             "truncated_outside",
             "mean_error",
+            "law_to_curve",
             "sample_distance",
             "monotone_least",
         ):

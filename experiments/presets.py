@@ -1,7 +1,7 @@
 """Named settings: ``demo`` (minutes on two cores), ``fast`` (the best quality per FLOP that
 was measured) and ``paper`` (the published recipes)."""
 
-from emfuse_jax.dynamics import ETM_SAMPLING, AdetmConfig, EtmConfig
+from emfuse_jax.dynamics import ETM_SAMPLING, AdetmConfig, EtmConfig, McetmConfig
 from emfuse_jax.policies.model_based import ModelBasedConfig
 from emfuse_jax.policies.sac import SacConfig
 
@@ -44,6 +44,12 @@ def etm(name: str) -> EtmConfig:
         num_steps=264_000,
         sampling=ETM_SAMPLING,
     )
+
+
+def mcetm(name: str) -> McetmConfig:
+    """The manifold-constrained energy model. Its paper's sizes are not published:
+    ``paper`` trains as long as `etm`'s, on the losses of ``fast``."""
+    return McetmConfig(num_steps=etm(name).num_steps)
 
 
 def sac(name: str) -> SacConfig:

@@ -3,9 +3,12 @@ r"""Trains one dynamics model on one data set, or on the union of several.
     python -m experiments.train_dynamics --data=data/hopper.hdf5 --run_dir=runs/expert
     python -m experiments.train_dynamics --data=a.hdf5,b.hdf5 --run_dir=runs/mixed \
         --preset=paper
+    python -m experiments.train_dynamics --model=mcetm --data=data/hopper.hdf5 \
+        --run_dir=runs/mcetm
 
 The last tenth of each data set's episodes is held out for test and the 5 % before it for
-validation, which chooses the checkpoint. Rerun with the same flags to resume.
+validation, which chooses the checkpoint and, for mcetm, the least energy above which
+rollouts are cut (``calibration.json``). Rerun with the same flags to resume.
 """
 
 import dataclasses
@@ -22,8 +25,10 @@ from emfuse_jax.base import SpaceSpec
 from emfuse_jax.data import Dataset, concatenate, gather_history
 from emfuse_jax.dynamics import (
     AdetmConfig,
+    CandidateConfig,
     EnsembleConfig,
     EtmConfig,
+    McetmConfig,
     fit_scales,
     sample_windows,
 )
@@ -39,6 +44,7 @@ from experiments._measure import (
     spaced_rows,
 )
 from experiments._run import Run, open_run, run_main
+from experiments._truncation import write_calibration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +54,14 @@ class TrainDynamicsConfig:
     Attributes:
         data: HDF5 files or Minari ids; several are trained on together.
         run_dir: where everything goes.
-        model: adetm (any-step), etm (one-step) or ensemble (Gaussian).
+        model: adetm (any-step), etm (one-step), mcetm (one-step, which knows where its
+            data are) or ensemble (Gaussian).
         adetm: settings of the any-step energy model.
         etm: settings of the one-step energy model.
+        mcetm: settings of the manifold-constrained energy model.
         ensemble: settings of the Gaussian ensemble.
+        candidates: mcetm: the sampler that its threshold is calibrated for.
+        quantile: mcetm: share of held-out rows below the threshold.
         seed: of weights and batches.
         chunk: updates per compiled call and row of metrics.
         save_every: chunks per validation and checkpoint.
@@ -59,15 +69,20 @@ class TrainDynamicsConfig:
 
     data: tuple[str, ...] = ()
     run_dir: str = ""
-    model: Literal["adetm", "etm", "ensemble"] = "adetm"
+    model: Literal["adetm", "etm", "mcetm", "ensemble"] = "adetm"
     adetm: AdetmConfig = AdetmConfig()  # noqa: RUF009
     etm: EtmConfig = EtmConfig()  # noqa: RUF009
+    mcetm: McetmConfig = McetmConfig()  # noqa: RUF009
     ensemble: EnsembleConfig = EnsembleConfig()  # noqa: RUF009
+    candidates: CandidateConfig = CandidateConfig()  # noqa: RUF009
+    quantile: float = 0.99
     seed: int = 0
     chunk: int = 1000
     save_every: int = 2
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.quantile < 1.0:
+            raise ValueError(f"quantile={self.quantile} must be between 0 and 1")
         steps = self.chosen.num_steps
         if min(steps, self.chunk, self.save_every) < 1 or steps % min(
             self.chunk, steps
@@ -85,7 +100,10 @@ class TrainDynamicsConfig:
 
 PRESETS = {
     name: functools.partial(
-        TrainDynamicsConfig, adetm=presets.adetm(name), etm=presets.etm(name)
+        TrainDynamicsConfig,
+        adetm=presets.adetm(name),
+        etm=presets.etm(name),
+        mcetm=presets.mcetm(name),
     )
     for name in presets.NAMES
 }
@@ -182,6 +200,12 @@ def _finish(
         "test_rms": {d.name: measured.one_step(d.test).rms for d in domains},
         "cpu_seconds": run.seconds("train, cpu"),
     }
+    if config.model == "mcetm":
+        held_out = concatenate([domain.validation for domain in domains])
+        calibration = write_calibration(
+            run.path, trained, held_out, config.candidates, config.quantile
+        )
+        result["truncate_above"] = calibration.threshold
     run.write_json("result.json", result)
     for name, value in result["test_rms"].items():
         print(f"{name}: held-out one-step error {value:.4f} (pooled std of Δs)")

@@ -26,7 +26,7 @@ import numpy as np
 
 from emfuse_jax import artifacts
 from emfuse_jax.data import Dataset, concatenate, gather_history
-from emfuse_jax.dynamics import rollout
+from emfuse_jax.dynamics import CandidateConfig, rollout
 from emfuse_jax.envs.termination import get_terminated_fn
 from emfuse_jax.policies.bc import bc, clone_config
 from emfuse_jax.policies.model_based import Imagined, ModelBasedConfig, model_based
@@ -35,6 +35,7 @@ from experiments import _methods, _offline, _policy_run, presets
 from experiments._measure import check_sizes, data_behind, load_domains, require
 from experiments._returns import evaluation_env
 from experiments._run import Run, open_run, run_main
+from experiments._truncation import candidates_fn, truncated_model
 from experiments._warm import cloned
 
 
@@ -55,7 +56,12 @@ class TrainPolicyConfig:
         clone_updates: gradient steps of behaviour cloning: the actor starts there, and the
             clone's energy joins the critic's as a prior; 0: neither.
         penalty: subtracted from the reward per unit of uncertainty.
-        cut_quantile: rollouts are cut where the uncertainty exceeds this quantile of
+        cut: uncertainty: rollouts are penalised by the model's and cut where it is large;
+            energy: they move by the best of several candidates and are cut where their
+            least energy exceeds what train_dynamics --model=mcetm calibrated.
+        candidates: energy: the sampler, as it was calibrated; and how many next states
+            sac.dispersion compares.
+        cut_quantile: uncertainty: rollouts are cut where the uncertainty exceeds this quantile of
             it on the data; none: never.
         unknown: truncate: a row cut so is worth what the critic says of its last state;
             terminate: nothing lies beyond (MOReL).
@@ -77,6 +83,8 @@ class TrainPolicyConfig:
     num_updates: int = 60_000
     clone_updates: int = 0
     penalty: float = 1.0
+    cut: Literal["uncertainty", "energy"] = "uncertainty"
+    candidates: CandidateConfig = CandidateConfig()  # noqa: RUF009
     cut_quantile: float | None = 0.99
     unknown: Literal["truncate", "terminate"] = "terminate"
     rollout: ModelBasedConfig = ModelBasedConfig()  # noqa: RUF009
@@ -156,6 +164,8 @@ def train(config: TrainPolicyConfig) -> dict[str, Any]:
     check_sizes(domains, trained.spec, config.model)
     dataset = concatenate([domain.train for domain in domains])
     dataset = jax.tree.map(jnp.asarray, dataset)
+    if config.cut == "energy":  # refused before there is a run directory
+        truncated_model(config.model, trained, config.candidates)
     if env is None:
         print(_policy_run.skipped(config.env), file=sys.stderr)
     with open_run(
@@ -186,6 +196,9 @@ def _train(
         rollout_fn(config, trained, dataset, terminated_fn),
         config.rollout,
         trained.spec,
+        candidates_fn=candidates_fn(trained, config.candidates.num_candidates)
+        if config.sac.dispersion
+        else None,
     )
     one = config.num_seeds == 1
     key_init, key_fit = _policy_run.seed_keys(config.seed, config.num_seeds)
@@ -227,8 +240,11 @@ def rollout_fn(
 ) -> Callable[..., Imagined]:
     """Branches for `model_based`: penalised, cut where the model knows too little."""
     lags = getattr(trained.model.expert, "num_lags", 1)
-    threshold = None
-    if config.cut_quantile is not None:
+    model, penalty, threshold = trained.model, config.penalty, None
+    if config.cut == "energy":
+        model, threshold = truncated_model(config.model, trained, config.candidates)
+        penalty = 0.0  # its uncertainty is an energy, of any sign
+    elif config.cut_quantile is not None:
         threshold = uncertainty_quantile(trained, dataset, lags, config.cut_quantile)
 
     def branch(params: Any, key: jax.Array, policy: Any, data: Dataset) -> Imagined:
@@ -244,12 +260,12 @@ def rollout_fn(
         steps = rollout(
             params,
             key_rollout,
-            trained.model,
+            model,
             policy,
             gather_history(data, rows, lags),
             config.rollout.horizon,
             terminated_fn=terminated_fn,
-            penalty=config.penalty,
+            penalty=penalty,
             truncate_above=threshold,
             unknown=config.unknown,
         )

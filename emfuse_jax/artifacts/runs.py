@@ -262,11 +262,13 @@ def _build_fusion(description: dict[str, Any]) -> TransitionModel:
     )
 
 
-_TRAINING_ONLY = {f.name for f in dataclasses.fields(dynamics.ContrastiveConfig)} - {
+_TRAINING_ONLY = {f.name for f in dataclasses.fields(dynamics.McetmConfig)} - {
     "negatives",
     "energy_sizes",
     "head_sizes",
     "sampling",
+    "latent_size",
+    "autoencoder_sizes",
 }
 """Fields that members of one fusion may differ in."""
 

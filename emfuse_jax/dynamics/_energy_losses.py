@@ -1,6 +1,7 @@
 """The losses of the two recipes of `dynamics.contrastive`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 from emfuse_jax.base import Metrics
 from emfuse_jax.dynamics._energy_model import (
     ContrastiveConfig,
-    ContrastiveParams,
+    EnergyParams,
     Forward,
     Rows,
 )
@@ -23,9 +24,8 @@ from emfuse_jax.losses import (
 )
 from emfuse_jax.samplers import etm_langevin
 
-LossFn = Callable[
-    [ContrastiveParams, jax.Array, Rows, jax.Array], tuple[jax.Array, Metrics]
-]
+LossFn = Callable[[Any, jax.Array, Rows, jax.Array], tuple[jax.Array, Metrics]]
+"""``(params, key, rows, step) -> (loss, metrics)``."""
 
 
 def beta_nll(residual: jax.Array, log_std: jax.Array, beta: float) -> jax.Array:
@@ -39,7 +39,7 @@ def proposal_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
     scales = jnp.asarray(config.proposal_scales)
 
     def nce(
-        params: ContrastiveParams,
+        params: EnergyParams,
         key: jax.Array,
         feature: jax.Array,
         residual: jax.Array,
@@ -70,7 +70,7 @@ def proposal_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
         )
 
     def loss(
-        params: ContrastiveParams, key: jax.Array, rows: Rows, step: jax.Array
+        params: EnergyParams, key: jax.Array, rows: Rows, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         encoded = forward.encode(params, rows.anchor, rows.action, rows.lags)
         index = jnp.sum(rows.lags, axis=-1) - 1
@@ -95,7 +95,7 @@ def proposal_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
 
 def langevin_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
     def loss(
-        params: ContrastiveParams, key: jax.Array, rows: Rows, step: jax.Array
+        params: EnergyParams, key: jax.Array, rows: Rows, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         del step
         key_start, key_chain = jax.random.split(key)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,20 @@ class ContrastiveParams(NamedTuple):
     energy: Params
 
 
+class McetmParams(NamedTuple):
+    """`ContrastiveParams`, and the autoencoder of scaled targets."""
+
+    scales: Scales
+    encoder: Params
+    head: Params
+    energy: Params
+    autoencoder: Params
+
+
+EnergyParams: TypeAlias = ContrastiveParams | McetmParams
+"""What an energy can be evaluated with."""
+
+
 LOG_STD_BOUNDS = (-9.0, 2.0)
 """Of the head, in units of the targets' standard deviation; approached smoothly."""
 
@@ -121,10 +135,10 @@ class Forward(NamedTuple):
     """The functions of a model that its loss is made of."""
 
     init: Callable[..., ContrastiveParams]
-    encode: Callable[[ContrastiveParams, jax.Array, jax.Array, jax.Array], Encoded]
-    head: Callable[[ContrastiveParams, jax.Array], tuple[jax.Array, jax.Array]]
-    prepare: Callable[[ContrastiveParams, jax.Array], jax.Array]
-    tilt: Callable[[ContrastiveParams, jax.Array, jax.Array], jax.Array]
+    encode: Callable[[EnergyParams, jax.Array, jax.Array, jax.Array], Encoded]
+    head: Callable[[EnergyParams, jax.Array], tuple[jax.Array, jax.Array]]
+    prepare: Callable[[EnergyParams, jax.Array], jax.Array]
+    tilt: Callable[[EnergyParams, jax.Array, jax.Array], jax.Array]
 
 
 def energy_expert(
@@ -162,16 +176,14 @@ def energy_expert(
             energy_net.init(key_energy, feature, jnp.zeros((1, dim))),
         )
 
-    def head(
-        params: ContrastiveParams, feature: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def head(params: EnergyParams, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, log_std = jnp.split(head_net.apply(params.head, feature), 2, axis=-1)
         low, high = LOG_STD_BOUNDS
         log_std = high - jax.nn.softplus(high - log_std)
         return mean, low + jax.nn.softplus(log_std - low)
 
     def features(
-        params: ContrastiveParams, start: jax.Array, action: jax.Array, lags: jax.Array
+        params: EnergyParams, start: jax.Array, action: jax.Array, lags: jax.Array
     ) -> jax.Array:
         scales = params.scales
         return encoder.apply(
@@ -182,7 +194,7 @@ def energy_expert(
         )
 
     def encode(
-        params: ContrastiveParams, start: jax.Array, action: jax.Array, lags: jax.Array
+        params: EnergyParams, start: jax.Array, action: jax.Array, lags: jax.Array
     ) -> Encoded:
         feature = features(params, start, action, lags)
         index = jnp.sum(lags, axis=-1) - 1
@@ -194,21 +206,21 @@ def energy_expert(
             feature, target.mean + target.scale * mean, target.scale * jnp.exp(log_std)
         )
 
-    def prepare(params: ContrastiveParams, feature: jax.Array) -> jax.Array:
+    def prepare(params: EnergyParams, feature: jax.Array) -> jax.Array:
         return energy_net.project(params.energy, feature)
 
     def tilt(
-        params: ContrastiveParams, projected: jax.Array, residual: jax.Array
+        params: EnergyParams, projected: jax.Array, residual: jax.Array
     ) -> jax.Array:
         inputs = jnp.arcsinh(residual) if with_head else residual
         return energy_net.energy(params.energy, projected, inputs)
 
-    def encode_slices(params: ContrastiveParams, slices: Slices) -> Encoded:
+    def encode_slices(params: EnergyParams, slices: Slices) -> Encoded:
         per_slice = jax.vmap(encode, in_axes=(None, 0, None, 0))
         return per_slice(params, slices.anchor, slices.action, slices.lags)
 
     def energy(
-        params: ContrastiveParams, condition: tuple[jax.Array, ...], target: jax.Array
+        params: EnergyParams, condition: tuple[jax.Array, ...], target: jax.Array
     ) -> jax.Array:
         projected, start, scale = condition
         residual = (target - start) / scale

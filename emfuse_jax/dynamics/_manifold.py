@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from emfuse_jax.base import Metrics, Params
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.dynamics._energy_losses import LossFn
-from emfuse_jax.dynamics._energy_model import Forward, Rows
+from emfuse_jax.dynamics._energy_model import Forward, McetmParams, Rows
 from emfuse_jax.dynamics.base import Encoded, Scales
 from emfuse_jax.losses import (
     chain_negatives,
@@ -23,16 +23,6 @@ from emfuse_jax.samplers import annealed_langevin
 
 if TYPE_CHECKING:
     from emfuse_jax.dynamics.mcetm import McetmConfig
-
-
-class McetmParams(NamedTuple):
-    """`ContrastiveParams` and the autoencoder of scaled targets."""
-
-    scales: Scales
-    encoder: Params
-    head: Params
-    energy: Params
-    autoencoder: Params
 
 
 class Negatives(NamedTuple):

@@ -39,6 +39,7 @@ from emfuse_jax.dynamics._energy_model import (
     LOG_STD_BOUNDS,
     ContrastiveConfig,
     ContrastiveParams,
+    EnergyParams,
     Rows,
     energy_expert,
 )
@@ -68,7 +69,7 @@ __all__ = [
 
 
 class ContrastiveState(NamedTuple):
-    params: ContrastiveParams
+    params: EnergyParams
     optimizer: optax.OptState
     step: jax.Array
 

@@ -33,9 +33,8 @@ import jax.numpy as jnp
 
 from emfuse_jax.base import Dynamics, SpaceSpec
 from emfuse_jax.dynamics._energy_losses import langevin_loss, proposal_loss
-from emfuse_jax.dynamics._energy_model import energy_expert
+from emfuse_jax.dynamics._energy_model import McetmParams, energy_expert
 from emfuse_jax.dynamics._manifold import (
-    McetmParams,
     Negatives,
     Parts,
     manifold_loss,

@@ -65,6 +65,7 @@ def rollout(
     penalty: float | jax.Array = 0.0,
     truncate_above: float | jax.Array | None = None,
     unknown: Literal["truncate", "terminate"] = "truncate",
+    halt_value: float | jax.Array | None = None,
 ) -> Rollout:
     """Rolls ``policy`` from the newest state of ``history`` for up to ``horizon`` steps.
 
@@ -86,6 +87,9 @@ def rollout(
         unknown: whether a row that is cut so is truncated, or terminated: then nothing
             of value lies beyond what the model knows, as in MOReL's absorbing state
             (pessimistic where rewards are positive).
+        halt_value: terminate: what such a step is worth in all, in place of its reward,
+            which comes from the same prediction; the least reward over
+            ``1 - discount`` is below every true value. None keeps the reward.
 
     Returns:
         `Rollout` with leaves ``[time, batch, …]``.
@@ -111,6 +115,7 @@ def rollout(
         uncertainty = jnp.where(finite, predicted.uncertainty, 0.0)
         terminated = terminated_fn(observation, action, following)
         cut = ~finite
+        halted = jnp.zeros_like(cut)
         if truncate_above is not None:
             beyond = uncertainty > truncate_above
             cut, terminated = (
@@ -118,10 +123,14 @@ def rollout(
                 if unknown == "truncate"
                 else (cut, terminated | beyond)
             )
+            halted = beyond if unknown == "terminate" else halted
+        paid = reward - penalty * uncertainty
+        if halt_value is not None:
+            paid = jnp.where(halted, halt_value, paid)
         transition = Transition(
             observation=observation,
             action=action,
-            reward=reward - penalty * uncertainty,
+            reward=paid,
             next_observation=following,
             terminated=terminated,
             truncated=~terminated & (cut | last),

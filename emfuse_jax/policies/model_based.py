@@ -89,8 +89,17 @@ RolloutFn = Callable[[Any, jax.Array, PolicyFn, Dataset], Imagined]
 """``(model_params, key, policy, dataset) -> Imagined``."""
 
 
+CandidatesFn = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+"""``(model_params, key, observation, action) -> next_observation [candidate, rows, obs]``."""
+
+
 def model_based(
-    policy: Policy, rollout_fn: RolloutFn, config: ModelBasedConfig, spec: SpaceSpec
+    policy: Policy,
+    rollout_fn: RolloutFn,
+    config: ModelBasedConfig,
+    spec: SpaceSpec,
+    *,
+    candidates_fn: CandidatesFn | None = None,
 ) -> Learner:
     """Trains ``policy`` on rollouts of a model.
 
@@ -103,6 +112,9 @@ def model_based(
         rollout_fn: branches ``config.rollout_rows`` rollouts of ``config.horizon`` steps.
         config: see `ModelBasedConfig`.
         spec: sizes of the spaces.
+        candidates_fn: draws several next observations for every imagined row of a batch,
+            for policies whose target depends on how their values differ. A recorded row
+            is its only candidate.
     """
     num_real = round(config.real_ratio * config.batch_size)
     capacity = config.rollout_rows * config.horizon * config.retain
@@ -111,14 +123,33 @@ def model_based(
     def init(key: jax.Array) -> ModelBasedState:
         return ModelBasedState(policy.init(key), buffer.init(example_transition(spec)))
 
-    def mixed_batch(key: jax.Array, replay: State, dataset: Dataset) -> Transition:
-        key_imagined, key_real = jax.random.split(key)
+    def mixed_batch(
+        key: jax.Array, replay: State, model_params: Any, dataset: Dataset
+    ) -> Transition:
+        key_imagined, key_real, *more = jax.random.split(
+            key, 2 if candidates_fn is None else 3
+        )
         imagined = buffer.sample(key_imagined, replay)
+        following = None
+        if candidates_fn is not None:
+            following = candidates_fn(
+                model_params, more[0], imagined.observation, imagined.action
+            )
+            imagined = imagined._replace(next_observation=following)
         if num_real == 0:
             return imagined
         rows = jax.random.randint(key_real, (num_real,), 0, dataset.age.shape[0])
         real = gather_transition(dataset, rows)
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, imagined)
+        mixed = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b]),
+            real._replace(next_observation=real.observation),
+            imagined._replace(next_observation=imagined.observation),
+        )
+        known = real.next_observation
+        if following is not None:
+            known = jnp.broadcast_to(known[None], (len(following), *known.shape))
+        both = [known, imagined.next_observation]
+        return mixed._replace(next_observation=jnp.concatenate(both, axis=-2))
 
     def update(
         key: jax.Array, state: ModelBasedState, data: tuple[Any, Dataset]
@@ -137,7 +168,9 @@ def model_based(
                 jax.random.fold_in(key_learn, step)
             )
             return policy.update(
-                key_update, learner, mixed_batch(key_batch, replay, dataset)
+                key_update,
+                learner,
+                mixed_batch(key_batch, replay, model_params, dataset),
             )
 
         learner, metrics = jax.lax.scan(

@@ -43,6 +43,8 @@ class SacConfig:
         num_critics: size of the ensemble whose minimum is the target.
         log_std_bounds: clip of the actor's log standard deviation.
         backup_entropy: whether the target's value includes the entropy bonus.
+        dispersion: λ of the pessimism ``mean_i Q_i - λ std_i Q_i`` over candidates of the
+            next observation; batches then carry ``[candidate, batch, obs]`` of them.
     """
 
     hidden_sizes: tuple[int, ...] = (256, 256)
@@ -59,6 +61,7 @@ class SacConfig:
     num_critics: int = 2
     log_std_bounds: tuple[float, float] = (-5.0, 2.0)
     backup_entropy: bool = True
+    dispersion: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.discount <= 1.0:
@@ -67,6 +70,11 @@ class SacConfig:
             raise ValueError(
                 f"target_update_rate={self.target_update_rate}; expected a number in "
                 "(0, 1]"
+            )
+        if self.dispersion < 0.0:
+            raise ValueError(
+                f"dispersion={self.dispersion}; expected 0 or more: a negative one would "
+                "reward what the model does not know"
             )
         for name in ("init_temperature", "max_temperature"):
             value = getattr(self, name)
@@ -111,16 +119,21 @@ class SacState(NamedTuple):
 def critic_target(
     reward: Float[Array, "*batch"],
     terminated: Bool[Array, "*batch"],
-    next_q: Float[Array, "model *batch"],
-    next_log_prob: Float[Array, "*batch"],
+    next_q: Float[Array, "model *next"],
+    next_log_prob: Float[Array, "*next"],
     *,
     temperature: float | jax.Array,
     discount: float,
+    dispersion: float | None = None,
 ) -> Float[Array, "*batch"]:
     """``r + γ (1 − terminated) (min_i Q_i(s', a') − α log π(a'|s'))``, eqs. 2 and 3.
 
     A time limit is no termination: pass ``terminated``, never "done". Temperature 0
     leaves the entropy out of the backup.
+
+    With ``dispersion`` λ, ``next_q`` and ``next_log_prob`` have an axis of candidates for
+    the next observation in front of the batch, and the value is ``mean_i V_i - λ std_i
+    V_i`` over them (Fang et al., arXiv:2602.02900; the penalty of MOBILE, ICML 2023).
 
     Example:
         >>> q, log_prob = jnp.array([[4.0], [3.0]]), jnp.array([-1.0])
@@ -130,6 +143,9 @@ def critic_target(
         4.15
     """
     next_value = jnp.min(next_q, axis=0) - temperature * next_log_prob
+    if dispersion is not None:
+        spread = jnp.std(next_value, axis=0)
+        next_value = jnp.mean(next_value, axis=0) - dispersion * spread
     return reward + discount * jnp.where(terminated, 0.0, next_value)
 
 
@@ -294,9 +310,18 @@ def _update(
     params = state.params
     temperature = jnp.exp(params.log_temperature)
 
-    next_action, next_log_prob = sample(
-        params.actor, key_target, batch.next_observation
-    )
+    has_candidates = batch.next_observation.ndim > batch.observation.ndim
+    if config.dispersion and not has_candidates:
+        raise ValueError(
+            f"dispersion={config.dispersion} needs candidates of the next observation, "
+            f"[candidate, batch, obs]; the batch has {batch.next_observation.shape}: give "
+            "model_based a candidates_fn, or dispersion=0"
+        )
+    draw = sample
+    if has_candidates:
+        # One noise for all candidates: the policy's own would pass for dispersion.
+        draw = jax.vmap(sample, in_axes=(None, None, 0))
+    next_action, next_log_prob = draw(params.actor, key_target, batch.next_observation)
     target = critic_target(
         batch.reward,
         batch.terminated,
@@ -304,6 +329,7 @@ def _update(
         next_log_prob,
         temperature=temperature if config.backup_entropy else 0.0,
         discount=config.discount,
+        dispersion=config.dispersion if has_candidates else None,
     )
 
     def critic_objective(critic_params: Params) -> tuple[jax.Array, jax.Array]:

@@ -15,11 +15,13 @@ from emfuse_jax.dynamics import (
     Batch,
     EnsembleConfig,
     EtmConfig,
+    McetmConfig,
     Scales,
     adetm,
     etm,
     fuse_dynamics,
     gaussian_ensemble,
+    mcetm,
 )
 
 SPEC = SpaceSpec(observation_size=2, action_size=1)
@@ -38,12 +40,14 @@ def build(name):
     if name == "ensemble":
         return gaussian_ensemble(EnsembleConfig(num_members=2, hidden_sizes=(8,)), SPEC)
     recipe = CHAINS if name.endswith("langevin") else {}
+    if name == "mcetm":
+        return mcetm(McetmConfig(**SMALL, autoencoder_sizes=(8,)), SPEC)
     if name.startswith("etm"):
         return etm(EtmConfig(**SMALL, **recipe), SPEC)
     return adetm(AdetmConfig(**SMALL, **SLICES, **recipe), SPEC)
 
 
-NAMES = ["etm", "etm-langevin", "adetm", "adetm-langevin", "ensemble"]
+NAMES = ["etm", "etm-langevin", "adetm", "adetm-langevin", "mcetm", "ensemble"]
 
 
 class Case:

@@ -1,0 +1,228 @@
+"""Least energies: calibration, the refusal of another sampler's, and where rollouts end."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emfuse_jax.base import History
+from emfuse_jax.dynamics import (
+    Calibration,
+    CandidateConfig,
+    Encoded,
+    Expert,
+    SamplingConfig,
+    calibrate,
+    candidates,
+    min_energy_model,
+    rollout,
+    transition_model,
+)
+
+STEP, NOISE = 0.1, 0.01
+CHAINS = SamplingConfig(num_steps=30, spread=1.0, margin=4.0, first=0.5, last=1e-2)
+PICK = CandidateConfig(num_candidates=3, sampling=CHAINS)
+
+
+def chain_expert(steepness=20.0):
+    """A walk ``s' = s + 0.1 a`` whose reward is ``s``, learned on ``|s| <= 1``: its energy
+    is that of N(s', 0.01²) plus what rises outside, as a joint density's does."""
+
+    def encode(params, slices):
+        state = slices.anchor
+        move = STEP * slices.action[..., 0, :]
+        move = jnp.broadcast_to(move[None], state.shape)
+        start = jnp.concatenate([move, state], axis=-1)
+        return Encoded(state, start, jnp.full_like(start, NOISE))
+
+    def energy(params, condition, target):
+        start, outside = condition
+        residual = (target - start) / NOISE
+        return 0.5 * jnp.sum(jnp.square(residual), axis=-1) + steepness * outside
+
+    return Expert(
+        encode=encode,
+        prepare=lambda params, encoded: (
+            encoded.start,
+            jnp.maximum(jnp.abs(encoded.feature[..., 0]) - 1.0, 0.0) / STEP,
+        ),
+        energy=energy,
+        unit=lambda params: jnp.full((1,), STEP),
+        num_lags=1,
+        anchor="current",
+        region="trust",
+        feature_size=1,
+    )
+
+
+def build(sampling):
+    return transition_model(chain_expert(), sampling)
+
+
+def at(state):
+    state = jnp.asarray(state, jnp.float32)[:, None]
+    ones = jnp.ones((1, len(state)), bool)
+    return History(state[None], jnp.zeros((1, len(state), 1)), ones)
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    held_out = jnp.linspace(-1.0, 1.0, 200)
+    return calibrate(build, PICK, {}, at(held_out), quantile=0.99, model="abc")
+
+
+def test_candidates_start_apart_and_the_best_is_kept():
+    history = at(jnp.linspace(-1.0, 1.0, 50))
+    short = dataclasses.replace(CHAINS, num_steps=1, first=0.1)
+    drawn = jax.jit(candidates(build(short), 4))({}, jax.random.key(0), history)
+    assert drawn.next_observation.shape == (4, 50, 1)
+    assert (np.std(drawn.next_observation, axis=0) > 0.1 * NOISE).all()
+    pick = CandidateConfig(num_candidates=4, sampling=short)
+    predict = jax.jit(min_energy_model(build, pick).predict)
+    best = predict({}, jax.random.key(0), history)
+    np.testing.assert_allclose(
+        best.uncertainty, np.min(drawn.energy, axis=0), rtol=1e-5
+    )
+    np.testing.assert_array_equal(best.energy, best.uncertainty)
+
+
+def test_the_least_of_more_candidates_is_lower_so_thresholds_do_not_carry_over():
+    """P5, and the refusal that guards against it, by the setting's name."""
+    short = dataclasses.replace(CHAINS, num_steps=1, first=0.1)
+    held_out = at(jnp.linspace(-1.0, 1.0, 200))
+    found = [
+        calibrate(
+            build, CandidateConfig(num_candidates=n, sampling=short), {}, held_out
+        )
+        for n in (1, 16)
+    ]
+    assert found[1].threshold < 0.7 * found[0].threshold
+    with pytest.raises(
+        ValueError, match="num_candidates=1, this sampler has num_candid"
+    ):
+        min_energy_model(build, found[1].candidates, calibration=found[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_steps", 31), ("noise", 0.5), ("temperature", 1.0), ("spread", 2.0)],
+)
+def test_a_threshold_of_another_sampler_is_refused_before_tracing(
+    calibration, name, value
+):
+    other = dataclasses.replace(CHAINS, **{name: value})
+
+    def never(sampling):
+        raise AssertionError("the model was built")
+
+    with pytest.raises(ValueError, match=f"this sampler has {name}={value}; calibrate"):
+        min_energy_model(
+            never,
+            dataclasses.replace(PICK, sampling=other),
+            calibration=calibration,
+        )
+
+
+def test_another_models_threshold_is_refused_and_blocks_of_rows_are_not(calibration):
+    same = dataclasses.replace(CHAINS, block_rows=7)
+    calibration.check(dataclasses.replace(PICK, sampling=same), model="abc")
+    with pytest.raises(ValueError, match="on the parameters abc, these are xyz"):
+        calibration.check(PICK, model="xyz")
+    assert isinstance(calibration, Calibration)
+    assert calibration.candidates == PICK
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0])
+def test_a_quantile_that_cuts_all_or_nothing_is_refused(quantile):
+    with pytest.raises(ValueError, match="quantile"):
+        calibrate(build, PICK, {}, at(jnp.zeros(3)), quantile=quantile)
+
+
+def test_the_share_of_rows_above_the_threshold_is_nominal():
+    """On rows whose least energies are an exponential law's, so that the share is known."""
+    generator = np.random.default_rng(0)
+    inside = 1.0 + generator.exponential(0.1, 2000)
+    held_out, fresh = inside[:1000], inside[1000:]
+    found = calibrate(build, PICK, {}, at(held_out), quantile=0.9)
+    energy = jax.jit(min_energy_model(build, PICK).uncertainty)({}, at(fresh))
+    share = float(np.mean(np.asarray(energy) > found.threshold))
+    assert abs(share - 0.1) < 4 * np.sqrt(2 * 0.09 / 1000)
+
+
+CLIFF, DISCOUNT, HORIZON = -10.0, 0.9, 60
+POLICIES = {
+    "right": lambda key, s: jnp.ones_like(s),
+    "left": lambda key, s: -jnp.ones_like(s),
+    "stay": lambda key, s: -5.0 * s,
+    "random": lambda key, s: jax.random.uniform(key, s.shape, minval=-1.0, maxval=1.0),
+}
+
+
+def true_return(policy, key, start):
+    """Beyond |s| = 1 is a cliff: -10 a step for ever. Inside a step pays ``s``."""
+
+    def step(carry, time):
+        state, fallen = carry
+        fallen = fallen | (jnp.abs(state[:, 0]) > 1.0)
+        action = jnp.clip(policy(jax.random.fold_in(key, time), state), -1.0, 1.0)
+        reward = jnp.where(fallen, CLIFF, state[:, 0])
+        return (state + STEP * action, fallen), DISCOUNT**time * reward
+
+    carry = start[:, None], jnp.zeros(len(start), bool)
+    (_, fallen), rewards = jax.lax.scan(step, carry, jnp.arange(HORIZON))
+    tail = jnp.where(fallen, DISCOUNT**HORIZON * CLIFF / (1 - DISCOUNT), 0.0)
+    return jnp.sum(rewards, axis=0) + tail
+
+
+def test_pessimistic_values_stay_below_true_ones_and_rollouts_end_at_the_edge(
+    calibration,
+):
+    """The model extrapolates the walk's rising reward past the cliff it never saw."""
+    start = jnp.linspace(-0.5, 0.5, 11)
+    model = min_energy_model(build, PICK, calibration=calibration, model="abc")
+
+    def run(policy, threshold):
+        def clipped(key, state):
+            return jnp.clip(policy(key, state), -1.0, 1.0)
+
+        return rollout(
+            {},
+            jax.random.key(1),
+            model,
+            clipped,
+            at(start),
+            HORIZON,
+            terminated_fn=lambda s, a, n: jnp.zeros(s.shape[:-1], bool),
+            truncate_above=threshold,
+            unknown="terminate",
+            halt_value=CLIFF / (1 - DISCOUNT),
+        )
+
+    def value(steps):
+        """Returns of the valid steps; the horizon's bootstrap is below the true tail's."""
+        discount = DISCOUNT ** jnp.arange(HORIZON)[:, None]
+        paid = jnp.sum(discount * jnp.where(steps.valid, steps.transition.reward, 0), 0)
+        return paid
+
+    for name, policy in POLICIES.items():
+        steps = jax.jit(lambda t, policy=policy: run(policy, t))(calibration.threshold)
+        # Both see the same policy noise only in law: compare the deterministic ones
+        # exactly and the random one by its mean.
+        pessimistic, true = value(steps), true_return(policy, jax.random.key(1), start)
+        if name == "random":
+            pessimistic, true = jnp.mean(pessimistic), jnp.mean(true)
+            assert float(pessimistic) <= float(true) + 0.5
+        else:
+            slack = DISCOUNT**HORIZON * 10.0  # the tail beyond the horizon
+            assert (np.asarray(pessimistic) <= np.asarray(true) + slack).all()
+        if name in ("right", "left"):
+            last = np.sum(np.asarray(steps.valid), axis=0) - 1
+            edge = np.ceil((1.0 - np.sign(1 if name == "right" else -1) * start) / STEP)
+            assert (np.abs(last - np.asarray(edge)) <= 1).all()
+            assert np.asarray(steps.transition.terminated)[last, np.arange(11)].all()
+    # Without truncation the model walks on and is paid for it.
+    free = value(jax.jit(lambda: run(POLICIES["right"], jnp.inf))())
+    true = true_return(POLICIES["right"], jax.random.key(1), start)
+    assert (np.asarray(free) > np.asarray(true) + 1.0).all()
