@@ -2,9 +2,12 @@
 
     python docs/generate_api.py FOLDER
 
-Every public module is on a page, so nothing public can be left out of the documentation.
+Every public module is on a page, and so is every name that a package's ``__all__`` brings
+out of a private module: nothing public can be left out of the documentation
+(``tests/docs/test_api.py`` holds this page to that).
 """
 
+import ast
 import importlib
 import inspect
 import pathlib
@@ -50,12 +53,54 @@ def own_names(name: str) -> list[str]:
     return [m.__name__ for m in members if chosen is None or m.__name__ in chosen]
 
 
+def exported(name: str) -> list[str]:
+    """The names that a module declares public: ``__all__``, or else its own."""
+    module = importlib.import_module(name)
+    return list(getattr(module, "__all__", own_names(name)))
+
+
+def is_private(name: str) -> bool:
+    """Whether a module, or a package around it, begins with an underscore."""
+    return any(part.startswith("_") for part in name.split("."))
+
+
+def from_private(name: str) -> list[str]:
+    """What a package exports of its private modules: on no module's own page."""
+    module = importlib.import_module(name)
+    values = {key: getattr(module, key) for key in exported(name)}
+    return [
+        key
+        for key, value in values.items()
+        if (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__.startswith(f"{name}.")
+        and is_private(value.__module__)
+    ]
+
+
+def documented_constants(name: str) -> list[str]:
+    """Names that a module assigns, with the text that follows the assignment: what
+    autodoc shows of values that have no docstring."""
+    module = importlib.import_module(name)
+    body = ast.parse(pathlib.Path(module.__file__).read_text()).body
+    found = []
+    for node, after in zip(body, body[1:], strict=False):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if text and isinstance(after.value.value, str):
+            found += [t.id for t in targets if isinstance(t, ast.Name)]
+    return found
+
+
 def page(names: list[str]) -> str:
     """The page of one package: its docstring, then each module's."""
     title = names[0]
     text = f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n"
     if len(names) == 1:
         return text + "   :members:\n"
+    for own in from_private(title):
+        kind = "class" if inspect.isclass(_get(title, own)) else "function"
+        text += f"\n.. auto{kind}:: {title}.{own}\n"
     for name in names[1:]:
         heading = name.removeprefix(title + ".")
         text += f"\n{heading}\n{'-' * len(heading)}\n"
@@ -65,6 +110,10 @@ def page(names: list[str]) -> str:
             text += _SUMMARY.format(names=lines)
         text += _MODULE.format(name=name)
     return text
+
+
+def _get(module: str, name: str) -> object:
+    return getattr(importlib.import_module(module), name)
 
 
 def main(folder: pathlib.Path) -> None:
