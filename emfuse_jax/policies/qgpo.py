@@ -58,8 +58,10 @@ class QgpoConfig:
     Attributes:
         behaviour: the diffusion model of the recorded actions.
         guidance: the energy network and its use.
-        loss: contrastive: exact. regression: on ``-β Q`` of the clean action, which learns
-            its mean instead of its log-mean-exp; biased, for comparison.
+        loss: contrastive: the published one, exact for very many support actions. split:
+            exact for any number, see `split_energy_loss`. regression: on ``-β Q`` of the
+            clean action, which learns its mean instead of its log-mean-exp; biased, for
+            comparison.
         inverse_temperature: ``β`` of the guidance, 0 or more; in units of the values'
             standard deviation over a state's support where ``normalize_values``.
         target_inverse_temperature: ``β`` of the bootstrap; none: the same.
@@ -81,7 +83,7 @@ class QgpoConfig:
 
     behaviour: DiffusionConfig = DiffusionConfig()  # noqa: RUF009
     guidance: GuidanceConfig = GuidanceConfig()  # noqa: RUF009
-    loss: Literal["contrastive", "regression"] = "contrastive"
+    loss: Literal["contrastive", "split", "regression"] = "contrastive"
     inverse_temperature: float = 1.0
     target_inverse_temperature: float | None = None
     normalize_values: bool = True
@@ -99,10 +101,8 @@ class QgpoConfig:
     moment_rate: float = 0.003
 
     def __post_init__(self) -> None:
-        if self.loss not in ("contrastive", "regression"):
-            raise ValueError(
-                f"loss={self.loss!r}; expected 'contrastive' or 'regression'"
-            )
+        if self.loss not in _LOSSES:
+            raise ValueError(f"loss={self.loss!r}; expected one of {tuple(_LOSSES)}")
         for name in ("inverse_temperature", "target_inverse_temperature"):
             value = getattr(self, name)
             if value is not None and not value >= 0.0:
@@ -110,10 +110,10 @@ class QgpoConfig:
                     f"{name}={value}; expected 0 (the behaviour) or more: a negative one "
                     "prefers bad actions"
                 )
-        if self.num_support < 2:
+        if self.num_support < 4:
             raise ValueError(
-                f"num_support={self.num_support}; expected at least 2 actions per state: "
-                "one alone cannot be ranked"
+                f"num_support={self.num_support}; expected at least 4 actions per state: "
+                "few cannot be ranked"
             )
         for name in ("support_rows", "support_steps", "batch_size"):
             if getattr(self, name) < 1:
@@ -181,8 +181,10 @@ def contrastive_energy_loss(
 ) -> Float[Array, "*batch"]:
     """``-Σ_i softmax_i(βQ) log softmax_i(-E_t(a_t^i))``, equation 11.
 
-    All actions of a row are draws of one behaviour, noised to one time. With many of them
-    the optimum is ``E_t = -log E[exp(βQ)|a_t]`` up to a constant of state and time.
+    All actions of a row are draws of one behaviour, noised to one time. With infinitely many
+    of them the optimum is ``E_t = -log E[exp(βQ)|a_t]`` up to a constant of state and time;
+    with few the best actions count too little, because they stand in their own
+    normaliser (see `split_energy_loss`).
 
     Args:
         energy: ``E_t`` of the noised actions; low is good.
@@ -198,11 +200,54 @@ def contrastive_energy_loss(
     return -jnp.sum(weight * jax.nn.log_softmax(-energy, axis=-1), axis=-1)
 
 
+def split_energy_loss(
+    energy: Float[Array, "*batch action"],
+    value: Float[Array, "*batch action"],
+    *,
+    max_weight: float = 100.0,
+) -> Float[Array, "*batch"]:
+    """As `contrastive_energy_loss`, exact for any number of actions.
+
+    Each half of the actions is ranked by ``exp(βQ_i)`` over the mean of ``exp(βQ)`` in the
+    *other* half. That normaliser is independent of what it weighs, so the loss is
+    InfoNCE with positives from ``μ exp(βQ)/Z`` and negatives from ``μ``, whose optimum is
+    the log-ratio of the two whatever their number.
+
+    Args:
+        energy: ``E_t`` of the noised actions.
+        value: ``βQ`` of the clean ones.
+        max_weight: bound of a weight, where the other half has no good action at all.
+    """
+    half = value.shape[-1] // 2
+    losses = []
+    for own, other in (
+        (slice(None, half), slice(half, None)),
+        (slice(half, None), slice(None, half)),
+    ):
+        rest = value[..., other]
+        level = jax.nn.logsumexp(rest, axis=-1, keepdims=True) - jnp.log(rest.shape[-1])
+        weight = jnp.exp(jnp.minimum(value[..., own] - level, jnp.log(max_weight)))
+        ranked = jax.nn.log_softmax(-energy[..., own], axis=-1)
+        losses.append(-jnp.mean(weight * ranked, axis=-1))
+    return 0.5 * (losses[0] + losses[1])
+
+
 def regression_energy_loss(
     energy: Float[Array, "*batch action"], value: Float[Array, "*batch action"]
 ) -> Float[Array, "*batch"]:
-    """Mean of ``(E_t + βQ)²``: learns ``E[βQ|a_t]``, a lower bound of ``-E_t``. Biased."""
-    return jnp.mean(jnp.square(energy + value), axis=-1)
+    """Mean of ``(E_t + βQ)²``: learns ``E[βQ|a_t]``, a lower bound of ``-E_t``. Biased.
+
+    A constant of each row is taken out of ``βQ``; it guides nowhere.
+    """
+    centered = value - jnp.mean(value, axis=-1, keepdims=True)
+    return jnp.mean(jnp.square(energy + centered), axis=-1)
+
+
+_LOSSES = {
+    "contrastive": contrastive_energy_loss,
+    "split": split_energy_loss,
+    "regression": regression_energy_loss,
+}
 
 
 def support_value(
@@ -359,10 +404,7 @@ def qgpo(
 
         def energy_objective(weights: Params) -> jax.Array:
             found = energy.apply(weights, noisy, times, many)
-            if config.loss == "contrastive":
-                return jnp.mean(contrastive_energy_loss(found, scaled))
-            centered = scaled - jnp.mean(scaled, axis=-1, keepdims=True)
-            return jnp.mean(regression_energy_loss(found, centered))
+            return jnp.mean(_LOSSES[config.loss](found, scaled))
 
         metrics = {"behaviour_loss": learned["loss"], "value_rms": jnp.sqrt(square)}
         q, q_optimizer, target_q = state.q, state.q_optimizer, state.target_q
