@@ -2,7 +2,13 @@
 was measured) and ``paper`` (the published recipes)."""
 
 from emfuse_jax.dynamics import ETM_SAMPLING, AdetmConfig, EtmConfig, McetmConfig
+from emfuse_jax.nets.denoiser import PAPER_DENOISER, DenoiserConfig
+from emfuse_jax.policies._guidance import GuidanceConfig
+from emfuse_jax.policies.aepo import AepoConfig
+from emfuse_jax.policies.diffusion import DiffusionConfig
+from emfuse_jax.policies.iql import IqlCriticsConfig
 from emfuse_jax.policies.model_based import ModelBasedConfig
+from emfuse_jax.policies.qgpo import QgpoConfig
 from emfuse_jax.policies.sac import SacConfig
 
 NAMES = ("demo", "fast", "paper")
@@ -83,4 +89,62 @@ def model_based(name: str) -> ModelBasedConfig:
         return ModelBasedConfig(rollout_rows=50_000)
     return ModelBasedConfig(
         rollout_rows=128, horizon=400, updates_per_rollout=2000, batch_size=128
+    )
+
+
+def diffusion(name: str) -> DiffusionConfig:
+    """The behaviour model. ``paper``: QGPO's network, rate and noise prediction."""
+    if name == "paper":
+        return DiffusionConfig(
+            network=PAPER_DENOISER, prediction="noise", learning_rate=1e-4
+        )
+    sizes = (128, 128, 128) if name == "fast" else (128, 128)
+    return DiffusionConfig(network=DenoiserConfig(hidden_sizes=sizes))
+
+
+def aepo(name: str) -> AepoConfig:
+    """Analytic guidance. ``paper``: the equations; what is not published is QGPO's.
+
+    Values are in units of the advantage's spread: the published β is not known, and raw
+    values differ by tens between tasks.
+    """
+    if name == "paper":
+        return AepoConfig(
+            behaviour=diffusion(name),
+            critics=IqlCriticsConfig(hidden_sizes=(256, 256, 256)),
+            guidance=GuidanceConfig(
+                hidden_sizes=(256, 256, 256, 256), learning_rate=3e-4
+            ),
+        )
+    return AepoConfig(
+        behaviour=diffusion(name), guidance=GuidanceConfig(hidden_sizes=(128, 128))
+    )
+
+
+def qgpo(name: str) -> QgpoConfig:
+    """Contrastive guidance. ``paper``: 3×256 critics, 4×256 guidance, 16 support actions,
+    α = 3 on raw values; support actions are still those of a ring, see `policies.qgpo`."""
+    if name == "paper":
+        return QgpoConfig(
+            behaviour=diffusion(name),
+            guidance=GuidanceConfig(
+                hidden_sizes=(256, 256, 256, 256), learning_rate=3e-4
+            ),
+            inverse_temperature=3.0,
+            normalize_values=False,
+            hidden_sizes=(256, 256, 256),
+            support_rows=256,
+            support_steps=15,
+            batch_size=256,
+            capacity=100_000,
+        )
+    return QgpoConfig(
+        behaviour=diffusion(name),
+        guidance=GuidanceConfig(hidden_sizes=(128, 128)),
+        loss="split",
+        num_support=8,
+        support_rows=8,
+        support_steps=8,
+        batch_size=64,
+        hidden_sizes=(128, 128),
     )
