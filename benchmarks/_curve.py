@@ -8,6 +8,7 @@ As a transition: the action is ``(s, a)``, the observation always 0, the next ob
 and the reward are the two coordinates of ``y``.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,6 @@ from emfuse_jax.data import Dataset, make_dataset
 from emfuse_jax.dynamics import (
     Batch,
     SamplingConfig,
-    calibrate,
     candidates,
     min_energy_model,
     transition_model,
@@ -112,29 +112,30 @@ def dataset_of(rows: Draw) -> Dataset:
     )
 
 
-def measure(
-    model: TransitionModel, params: Any, key: jax.Array, sizes: Sizes, pick: Any
-) -> dict[str, Any]:
-    """Every number of the acceptance list, for one seed; jitted inside by part.
+MeasureFn = Callable[[Any, jax.Array], dict[str, Any]]
+
+
+def measures(model: TransitionModel, sizes: Sizes, pick: CandidateConfig) -> MeasureFn:
+    """``(params, key) -> numbers``: every number of the acceptance list, for one seed.
 
     Args:
         model: any one-step energy model of these transitions.
-        params: its parameters.
-        key: consumed.
         sizes: how many rows.
         pick: the candidates of the least energy.
     """
-    keys = jax.random.split(key, 3)
-    return {
-        **{k: v.tolist() for k, v in _shape(model, params, keys[0], sizes).items()},
-        **_support(model, params, keys[1], sizes, pick),
-        **{k: float(v) for k, v in _sampled(model, params, keys[2], sizes).items()},
-    }
+    parts = _shape(model, sizes), _support(model, sizes, pick), _sampled(model, sizes)
+
+    def measure(params: Any, key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key, len(parts))
+        found: dict[str, Any] = {}
+        for part, own in zip(parts, keys, strict=True):
+            found |= {k: np.asarray(v).tolist() for k, v in part(params, own).items()}
+        return found
+
+    return measure
 
 
-def _shape(
-    model: TransitionModel, params: Any, key: jax.Array, sizes: Sizes
-) -> dict[str, jax.Array]:
+def _shape(model: TransitionModel, sizes: Sizes) -> MeasureFn:
     """How the energy rises off the curve and along it, and its constant."""
 
     @jax.jit
@@ -178,48 +179,50 @@ def _shape(
             "mode_std": jnp.std(energy(rows.action, curve(m))),
         }
 
-    return run(params, key)
+    return run
 
 
 def _labels(rows: int) -> jax.Array:
     return jnp.arange(2 * rows) >= rows
 
 
-def _support(
-    model: TransitionModel, params: Any, key: jax.Array, sizes: Sizes, pick: Any
-) -> dict[str, Any]:
-    """What the least energy says of conditions outside the data."""
-    key_held, key_in, key_out = jax.random.split(key, 3)
+def _support(model: TransitionModel, sizes: Sizes, pick: CandidateConfig) -> MeasureFn:
+    """What the least energy says of conditions outside the data; its threshold keeps 95 %
+    of other rows inside."""
 
     def build(sampling: SamplingConfig) -> TransitionModel:
         return transition_model(model.expert, sampling)
 
-    held = history_of(draw_actions(key_held, sizes.rows))
-    calibration = calibrate(build, pick, params, held, quantile=0.95)
-    least = jax.jit(min_energy_model(build, pick, calibration=calibration).uncertainty)
-    inside = least(params, history_of(draw_actions(key_in, sizes.rows)))
-    direction = draw_actions(key_out, sizes.rows)
-    radius = jnp.linalg.norm(direction, axis=-1, keepdims=True)
-    outside = least(params, history_of(3.0 * direction / radius))
-    tripled = np.asarray(least(params, history_of(3.0 * direction)))
-    left = np.abs(3.0 * np.asarray(direction)).max(axis=-1) > 1.0
-    result = {
-        "ood_auc": float(auroc(jnp.concatenate([inside, outside]), _labels(sizes.rows)))
-    }
-    beyond = np.concatenate([np.asarray(inside), tripled[left]])
-    result["ood_auc_tripled"] = float(
-        auroc(jnp.asarray(beyond), jnp.arange(len(beyond)) >= sizes.rows)
-    )
-    threshold = calibration.threshold
-    result["truncated_inside"] = float(jnp.mean(inside > threshold))
-    result["truncated_outside"] = float(jnp.mean(outside > threshold))
-    result["truncated_tripled"] = float(np.mean(tripled[left] > threshold))
-    return result
+    least = jax.jit(min_energy_model(build, pick).uncertainty)
+
+    def run(params: Any, key: jax.Array) -> dict[str, Any]:
+        key_held, key_in, key_out = jax.random.split(key, 3)
+
+        def of(action: jax.Array) -> np.ndarray:
+            return np.asarray(least(params, history_of(action)))
+
+        threshold = np.quantile(of(draw_actions(key_held, sizes.rows)), 0.95)
+        inside = of(draw_actions(key_in, sizes.rows))
+        direction = draw_actions(key_out, sizes.rows)
+        radius = jnp.linalg.norm(direction, axis=-1, keepdims=True)
+        # Three times a point near the middle is still inside: those are left out.
+        left = np.abs(3.0 * np.asarray(direction)).max(axis=-1) > 1.0
+        outside = {
+            "": of(3.0 * direction / radius),
+            "_tripled": of(3.0 * direction)[left],
+        }
+        result: dict[str, Any] = {"truncated_inside": np.mean(inside > threshold)}
+        for name, values in outside.items():
+            labels = np.arange(len(inside) + len(values)) >= len(inside)
+            both = jnp.asarray(np.concatenate([inside, values]))
+            result[f"ood_auc{name}"] = auroc(both, jnp.asarray(labels))
+            result[f"truncated_outside{name}"] = np.mean(values > threshold)
+        return result
+
+    return run
 
 
-def _sampled(
-    model: TransitionModel, params: Any, key: jax.Array, sizes: Sizes
-) -> dict[str, jax.Array]:
+def _sampled(model: TransitionModel, sizes: Sizes) -> MeasureFn:
     """Calibrated Langevin on the energy: where its draws lie and how they spread."""
     calibrated = SamplingConfig(
         num_steps=sizes.chain_steps,
@@ -258,7 +261,7 @@ def _sampled(
             "sample_distance": jnp.mean(distance(points)),
         }
 
-    return run(params, key)
+    return run
 
 
 def distance(points: Float[Array, "*batch 2"]) -> Float[Array, "*batch"]:

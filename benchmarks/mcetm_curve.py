@@ -112,11 +112,16 @@ def measured(
     config: CurveConfig, name: str, learner: Dynamics, params: Any, sizes: Any
 ) -> list[dict[str, Any]]:
     """One row per seed."""
+    measure = _curve.measures(learner.model, sizes, config.candidates)
+    _, own = variant(name, config.mcetm)
+    negatives = jax.jit(lambda *args: near_manifold(own, _curve.SPEC, *args))
     rows = []
     for index, seed in enumerate(config.seeds):
-        own = jax.tree.map(lambda leaf, i=index: leaf[i], params)
-        key_measure, key_negative = jax.random.split(jax.random.key(1000 + seed))
-        row = _curve.measure(learner.model, own, key_measure, sizes, config.candidates)
+        one = jax.tree.map(lambda leaf, i=index: leaf[i], params)
+        key_measure, key_negative, key_rows = jax.random.split(
+            jax.random.key(1000 + seed), 3
+        )
+        row = measure(one, key_measure)
         for part in ("paired", "pooled"):
             values = row.pop(part)
             row |= {
@@ -125,10 +130,9 @@ def measured(
         row["truncation_error"] = abs(row["truncated_inside"] - 0.05)
         row["along_std_error"] = abs(row["along_std_ratio"] - 1.0)
         if name != "etm":
-            _, settings = variant(name, config.mcetm)
-            batch = _curve.batch_of(_curve.draw(jax.random.key(7), sizes.rows))
-            found = near_manifold(settings, _curve.SPEC, own, key_negative, batch)
-            scale = jax.tree.map(lambda leaf: leaf[0], own.scales.target)
+            batch = _curve.batch_of(_curve.draw(key_rows, sizes.rows))
+            found = negatives(one, key_negative, batch)
+            scale = jax.tree.map(lambda leaf: leaf[0], one.scales.target)
             row["decoded_distance"] = _curve.decoded_distance(found.decoded, scale)
             row["visible_distance"] = _curve.decoded_distance(found.visible, scale)
         rows.append({"seed": seed, **row})
@@ -188,16 +192,16 @@ def study(config: CurveConfig) -> dict[str, Any]:
             "monotone_least",
         ):
             print(f"  {extra}: {np.mean([row[extra] for row in rows]):.3f}")
-    result = {
-        "provenance": artifacts.provenance(),
-        "config": artifacts.to_json(config),
-        "variants": variants,
-    }
-    if config.output:
-        path = pathlib.Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(path, portable(result))
-    return result
+        if config.output:
+            result = {
+                "provenance": artifacts.provenance(),
+                "config": artifacts.to_json(config),
+                "variants": variants,
+            }
+            path = pathlib.Path(config.output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.write_json(path, portable(result))
+    return variants
 
 
 if __name__ == "__main__":
