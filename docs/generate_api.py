@@ -10,9 +10,11 @@ out of a private module: nothing public can be left out of the documentation
 import ast
 import importlib
 import inspect
+import itertools
 import pathlib
 import pkgutil
 import sys
+import textwrap
 
 import emfuse_jax
 
@@ -77,19 +79,31 @@ def from_private(name: str) -> list[str]:
     ]
 
 
-def documented_constants(name: str) -> list[str]:
+def documented_constants(name: str) -> dict[str, str]:
     """Names that a module assigns, with the text that follows the assignment: what
     autodoc shows of values that have no docstring."""
     module = importlib.import_module(name)
     body = ast.parse(pathlib.Path(module.__file__).read_text()).body
-    found = []
-    for node, after in zip(body, body[1:], strict=False):
+    found = {}
+    for node, after in itertools.pairwise(body):
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
         text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if text and isinstance(after.value.value, str):
-            found += [t.id for t in targets if isinstance(t, ast.Name)]
+            names = [t.id for t in targets if isinstance(t, ast.Name)]
+            found |= dict.fromkeys(names, inspect.cleandoc(after.value.value))
     return found
+
+
+def private_constants(name: str) -> dict[str, str]:
+    """Constants that a package exports of its private modules, and what they mean."""
+    module = importlib.import_module(name)
+    children = pkgutil.iter_modules(getattr(module, "__path__", []))
+    texts = {}
+    for child in children:
+        if child.name.startswith("_") and not child.ispkg:
+            texts |= documented_constants(f"{name}.{child.name}")
+    return {key: texts[key] for key in exported(name) if key in texts}
 
 
 def page(names: list[str]) -> str:
@@ -101,6 +115,9 @@ def page(names: list[str]) -> str:
     for own in from_private(title):
         kind = "class" if inspect.isclass(_get(title, own)) else "function"
         text += f"\n.. auto{kind}:: {title}.{own}\n"
+    for own, meaning in private_constants(title).items():
+        body = textwrap.indent(meaning, "   ")
+        text += f"\n.. py:data:: {title}.{own}\n\n{body}\n"
     for name in names[1:]:
         heading = name.removeprefix(title + ".")
         text += f"\n{heading}\n{'-' * len(heading)}\n"
