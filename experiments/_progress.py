@@ -89,8 +89,14 @@ class Stages:
         self._open_cpu[name] = time.process_time()
         try:
             yield
-        finally:
+        except BaseException:
+            # On a full disk, that the seconds cannot be written is not the news.
+            with contextlib.suppress(OSError):
+                self.flush()
+            raise
+        else:
             self.flush()
+        finally:
             del self._open[name], self._open_cpu[name]
 
     def flush(self) -> None:

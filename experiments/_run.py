@@ -6,6 +6,8 @@ config continues it; with another one, or in a folder that is not a run, it is a
 and nothing is touched.
 """
 
+import contextlib
+import errno
 import inspect
 import os
 import pathlib
@@ -15,12 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emfuse_jax import artifacts
-from experiments import _flags
+from experiments import _flags, _lock
 from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
 from experiments._tables import to_plain
-
-_LOCK = ".lock"
 
 
 class Run:
@@ -32,7 +32,7 @@ class Run:
         metrics: the writer behind `log`.
     """
 
-    def __init__(self, path: pathlib.Path, *, resumed: bool, lock: Any) -> None:
+    def __init__(self, path: pathlib.Path, *, resumed: bool, lock: _lock.Lock) -> None:
         self.path = path
         self.resumed = resumed
         self.metrics = artifacts.MetricWriter(
@@ -152,15 +152,20 @@ class Run:
 
     def close(self) -> None:
         """Closes the files and lets another process open the directory."""
-        self.metrics.close()
-        self._stages.flush()
-        os.close(self._lock)
+        try:
+            self.metrics.close()
+            self._stages.flush()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What could not be written is the news, not that closing says so again.
+        again = contextlib.suppress(OSError) if kind else contextlib.nullcontext()
+        with again:
+            self.close()
 
 
 def open_run(
@@ -183,7 +188,7 @@ def open_run(
     Raises:
         ValueError: if the directory is not empty and no run of ours, or was made by
             another command or with another config (the keys that differ are named), or
-            another process has it open. Nothing is changed then.
+            another process has it open, which is named. Nothing is changed then.
         OSError: if it cannot be written.
     """
     path = pathlib.Path(path).absolute()
@@ -191,18 +196,23 @@ def open_run(
     resumed = _check(path, kind, config, ignore)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = _lock.take(path)
     except OSError as error:
         raise type(error)(
             error.errno,
             f"run directory {path} cannot be written ({error.strerror}); "
             "choose another with --run_dir",
         ) from error
-    _take(lock, path)
-    if not resumed:
-        artifacts.write_json(path / "config.json", {"kind": kind, "config": config})
-    _write_provenance(path / "provenance.json", seed)
-    return Run(path, resumed=resumed, lock=lock)
+    try:
+        if lock.taken_over is not None:
+            print(f"{path}: {lock.taken_over} has ended; going on", file=sys.stderr)
+        if not resumed:
+            artifacts.write_json(path / "config.json", {"kind": kind, "config": config})
+        _write_provenance(path / "provenance.json", seed)
+        return Run(path, resumed=resumed, lock=lock)
+    except BaseException:
+        lock.release()
+        raise
 
 
 def use_compilation_cache() -> None:
@@ -258,7 +268,7 @@ def run_main(
     except (ValueError, OSError, ImportError, flags.Error) as error:
         if "--traceback" in argv:
             raise
-        text = str(error).strip().split("\n\n")[0]
+        text = str(error).strip().split("\n\n")[0] + _way_out(error)
         # Paths and flags stay whole, so that they can be copied.
         whole = {"break_long_words": False, "break_on_hyphens": False}
         print(textwrap.fill(f"error: {text}", 88, **whole), file=sys.stderr)
@@ -267,6 +277,19 @@ def run_main(
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
+
+
+def _way_out(error: Exception) -> str:
+    """What to do about an error of the disk, which does not know it."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            ". The disk (or a quota, or a limit on files) is full: make room and give the "
+            "same command again; it goes on from the last checkpoint"
+        )
+    if number == errno.EROFS:
+        return ". The place is read-only: choose another one"
+    return ""
 
 
 def _check(path: pathlib.Path, kind: str, config: Any, ignore: Sequence[str]) -> bool:
@@ -281,7 +304,11 @@ def _check(path: pathlib.Path, kind: str, config: Any, ignore: Sequence[str]) ->
     except FileNotFoundError:
         # A kill before config.json was complete leaves these two.
         entries = [p.name for p in path.iterdir()]
-        names = [n for n in entries if n != _LOCK and not n.startswith(".config.json.")]
+        names = [
+            n
+            for n in entries
+            if n != _lock.LOCK_FILE and not n.startswith(".config.json.")
+        ]
         if names:
             raise ValueError(
                 f"{path} is not empty and no run directory (it has no config.json, but "
@@ -305,19 +332,6 @@ def _check(path: pathlib.Path, kind: str, config: Any, ignore: Sequence[str]) ->
             "same values to resume it, or choose another --run_dir"
         )
     return True
-
-
-def _take(lock: int, path: pathlib.Path) -> None:
-    """Holds the lock until the process ends, however it ends."""
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise ValueError(
-            f"{path} is in use by another process; wait for it, or choose another --run_dir"
-        ) from error
 
 
 def _write_provenance(path: pathlib.Path, seed: int | None) -> None:

@@ -6,10 +6,12 @@ and the shapes, so that a checkpoint of another architecture is told apart from 
 damaged one. Kept are the newest steps and the one with the best score.
 """
 
+import errno
 import functools
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 from typing import Any, NamedTuple
 
@@ -58,6 +60,8 @@ def save(
 
     Raises:
         ValueError: if a step at least as new is there, or ``keep`` is less than 1.
+        OSError: if it could not be written (no room, no right to); what was saved
+            before stays as it was.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1")
@@ -228,15 +232,42 @@ def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> 
     import orbax.checkpoint as ocp
 
     folder.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(folder)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                folder / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
+                ),
+            )
+    except Exception as error:  # orbax, tensorstore and zarr raise what they like
+        # A full disk needs the room for what else is to be written.
+        _clear_leftovers(folder)
+        if step in steps(folder):
+            return
+        raise OSError(
+            _errno(error),
+            f"checkpoint {folder / str(step)} could not be written ({_brief(error)}); "
+            f"what was saved before it is whole (steps {steps(folder) or 'none'})",
+        ) from error
+
+
+def _clear_leftovers(folder: pathlib.Path) -> None:
     for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(leftover)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            folder / str(step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _errno(error: BaseException | None) -> int:
+    """What the system said, however deep below; EIO where it said nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        said = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore
+        if said is not None:
+            return int(said.group(1))
+        error = error.__cause__ or error.__context__
+    return errno.EIO
 
 
 def _preserved(folder: pathlib.Path, keep: int) -> set[int]:

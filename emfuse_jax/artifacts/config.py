@@ -209,7 +209,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def replace_file(path: pathlib.Path, text: str) -> None:
-    """Puts ``text`` on the disk under another name, then moves it over ``path``."""
+    """Puts ``text`` on the disk under another name, then moves it over ``path``.
+
+    Raises:
+        OSError: if that fails; it names ``path``, which is as it was.
+    """
+    try:
+        _replace_file(path, text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace_file(path: pathlib.Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -64,11 +64,15 @@ class MetricWriter:
 
         Raises:
             ValueError: if a value is neither a scalar nor one-dimensional.
+            OSError: if the row cannot be written; the rows before it stay.
         """
         values = {name: _as_numbers(name, value) for name, value in metrics.items()}
         row = {"step": int(step), "time": time.time(), **values}
-        self._file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._tensorboard is None:
             return
         events = self._events or self._open_events(purge_step=None)
