@@ -1,0 +1,73 @@
+"""train_dynamics --model=mcetm, its calibration, and train_policy that is cut by it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from _tiny_runs import write_data
+from emfuse_jax import artifacts
+from experiments import train_dynamics, train_policy
+from experiments._truncation import candidates_fn, read_calibration
+
+MODEL = (
+    *("--model=mcetm", "--mcetm.energy_sizes=8", "--mcetm.head_sizes=8"),
+    *("--mcetm.autoencoder_sizes=8", "--mcetm.batch_size=16", "--mcetm.energy_rows=8"),
+    *("--mcetm.num_steps=10", "--chunk=10", "--save_every=1", "--quantile=0.9"),
+    *("--candidates.num_candidates=2", "--candidates.sampling.num_steps=2"),
+)
+CUT = ("--cut=energy", "--candidates.num_candidates=2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mcetm")
+    data = write_data(folder / "data.hdf5")
+    argv = ["train_dynamics", f"--data={data}", f"--run_dir={folder / 'run'}", *MODEL]
+    assert train_dynamics.main(argv) == 0
+    return folder / "run"
+
+
+def test_a_run_holds_the_model_and_what_calibrated_its_threshold(run):
+    trained = artifacts.load_run(run)
+    assert trained.params.autoencoder
+    calibration = read_calibration(run)
+    assert calibration.candidates.num_candidates == 2
+    assert calibration.candidates.sampling.num_steps == 2
+    assert calibration.quantile == 0.9
+    assert calibration.model == artifacts.tree_digest(trained.params)
+    result = json.loads((run / "result.json").read_text())
+    assert result["truncate_above"] == calibration.threshold
+    assert np.isfinite(calibration.threshold)
+
+
+def test_a_run_that_is_finished_is_left_as_it_is(run):
+    before = (run / "calibration.json").read_bytes()
+    data = run.parent / "data.hdf5"
+    argv = ["train_dynamics", f"--data={data}", f"--run_dir={run}", *MODEL]
+    assert train_dynamics.main(argv) == 0
+    assert (run / "calibration.json").read_bytes() == before
+
+
+def test_another_sampler_is_refused_by_name_before_anything_is_written(
+    run, tmp_path, capsys
+):
+    argv = ["train_policy", f"--model={run}", "--env=hopper", *CUT]
+    argv += [f"--run_dir={tmp_path / 'policy'}", "--candidates.num_candidates=3"]
+    assert train_policy.main(argv) != 0
+    error = capsys.readouterr().err
+    assert "num_candidates=2, this sampler has num_candidates=3" in error
+    assert not (tmp_path / "policy").exists()
+
+
+def test_candidates_of_next_observations(run):
+    trained = artifacts.load_run(run)
+    following = jax.eval_shape(
+        candidates_fn(trained, 4),
+        trained.params,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((7, 11), np.float32),
+        jax.ShapeDtypeStruct((7, 3), np.float32),
+    )
+    assert following.shape == (4, 7, 11)
