@@ -14,6 +14,9 @@ OFFLINE = {
     "bc": "behaviour cloning with a tanh-normal policy",
     "iql": "implicit Q-learning with advantage-weighted cloning",
     "diffusion": "behaviour cloning with a diffusion model",
+    "aepo": "a diffusion behaviour guided by the analytic energy of IQL's value",
+    "qgpo": "a diffusion behaviour guided by contrastive energy prediction",
+    "ibc": "implicit behavioural cloning: the lowest action of a contrastive energy",
 }
 """Methods that train on data alone, with what they are; `artifacts.KINDS` builds them."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from emfuse_jax.base import Policy
 from emfuse_jax.envs.mujoco_batch import ENVIRONMENTS, MujocoBatch
+from emfuse_jax.envs.pointmaze import MAZES, PointMazeBatch
 from emfuse_jax.evaluation.episodes import MAX_STEPS, evaluate
 from emfuse_jax.evaluation.scores import normalized_score, reference_score
 from emfuse_jax.evaluation.statistics import hierarchical_bootstrap, iqm
@@ -29,6 +30,8 @@ def evaluation_env(
         version: gymnasium's rewards.
         listed_only: whether an environment that is not listed is an error.
     """
+    if name in MAZES:
+        return PointMazeBatch(name, num_envs)
     if not name or (name not in ENVIRONMENTS and not listed_only):
         return None
     return MujocoBatch(name, num_envs, version=version)
@@ -47,10 +50,13 @@ def evaluate_seeds(
     num_seeds: int,
     num_episodes: int,
     *,
-    max_steps: int = MAX_STEPS,
+    max_steps: int | None = None,
 ) -> np.ndarray:
     """Returns ``[seed, episode]``; ``params`` lead with the seed axis where there is more
-    than one. Every seed plays episodes of its own."""
+    than one. Every seed plays episodes of its own, of ``max_steps`` or the environment's
+    own limit."""
+    if max_steps is None:
+        max_steps = getattr(env, "max_steps", MAX_STEPS)
     returns = []
     for seed in range(num_seeds):
         own = params

@@ -135,10 +135,10 @@ def run(config: CollectConfig, *, progress: bool = True) -> dict[str, Any]:
         FileNotFoundError: if there is no such policy.
     """
     check_environment(config.env)
-    made = _already_made(config)
+    made = already_made(config)
     if made is not None:
         return made
-    _check_writable(config)
+    check_writable(config)
     env = MujocoBatch(
         config.env,
         config.num_envs,
@@ -151,18 +151,20 @@ def run(config: CollectConfig, *, progress: bool = True) -> dict[str, Any]:
     arrays = _roll(config, env, act, progress)
     arrays = _keep_speeds(config, arrays, env.dt)
     summary = summarize(config.env, arrays)
-    _write(config, arrays, summary)
+    write(config, arrays, summary)
     return summary
 
 
-def summarize(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def summarize(
+    name: str, arrays: dict[str, np.ndarray], *, max_steps: int = MAX_STEPS
+) -> dict[str, Any]:
     """Counts, and returns over the episodes that were not cut by the recording's end.
 
     Where every episode was cut, all of them count.
     """
     data = make_dataset(**{key: arrays[key] for key in KEYS})
     starts, ends = episode_bounds(data)
-    whole = data.terminated[ends - 1] | (ends - starts >= MAX_STEPS)
+    whole = data.terminated[ends - 1] | (ends - starts >= max_steps)
     returns = np.add.reduceat(data.reward.astype(np.float64), starts)
     chosen = returns[whole] if whole.any() else returns
     reference = reference_score(name)
@@ -238,7 +240,7 @@ def _keep_speeds(
     return {key: value[rows] for key, value in arrays.items()}
 
 
-def _settings(config: CollectConfig) -> str:
+def _settings(config: Any) -> str:
     """What decides the rows, for the file's attributes."""
     settings = dataclasses.asdict(config)
     for name in ("out", "root", "overwrite", "format"):
@@ -251,7 +253,7 @@ def _settings(config: CollectConfig) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _already_made(config: CollectConfig) -> dict[str, Any] | None:
+def already_made(config: Any) -> dict[str, Any] | None:
     """The summary of a finished recording with these very settings, if there is one."""
     if config.overwrite:
         return None
@@ -278,7 +280,7 @@ def _attributes(path: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def _check_writable(config: CollectConfig) -> None:
+def check_writable(config: Any) -> None:
     """Before the work rather than after it."""
     if config.format != "d4rl":
         return
@@ -292,9 +294,8 @@ def _check_writable(config: CollectConfig) -> None:
         raise ValueError(f"cannot write into {folder}; choose another --out")
 
 
-def _write(
-    config: CollectConfig, arrays: dict[str, np.ndarray], summary: dict[str, Any]
-) -> None:
+def write(config: Any, arrays: dict[str, np.ndarray], summary: dict[str, Any]) -> None:
+    """Writes the data set, with what made it in its attributes."""
     import mujoco
 
     reference = reference_score(config.env)
@@ -319,7 +320,7 @@ def _write(
     write_d4rl(config.out, arrays, attributes=attributes, overwrite=config.overwrite)
 
 
-def describe(config: CollectConfig, summary: dict[str, Any]) -> str:
+def describe(config: Any, summary: dict[str, Any]) -> str:
     """The summary in a line."""
     return (
         f"{config.out}: {summary['rows']} steps, {summary['episodes']} episodes "

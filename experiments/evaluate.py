@@ -27,11 +27,17 @@ from emfuse_jax.data.behaviour import (
     packaged_behaviours,
     random_act,
 )
-from emfuse_jax.envs.mujoco_batch import MujocoBatch, check_environment
+from emfuse_jax.envs.mujoco_batch import MujocoBatch
 from emfuse_jax.evaluation.episodes import MAX_STEPS
 from experiments._measure import require
 from experiments._progress import Progress
-from experiments._returns import Act, compiled_act, evaluate_seeds, summary
+from experiments._returns import (
+    Act,
+    compiled_act,
+    evaluate_seeds,
+    evaluation_env,
+    summary,
+)
 from experiments._run import run_main
 
 KIND = "evaluate"
@@ -45,7 +51,7 @@ class EvaluateConfig:
     Attributes:
         run_dir: a run of train_policy; or give --policy.
         policy: a packaged policy's name, an .npz file, or random.
-        env: hopper, walker2d or halfcheetah; empty: the run's own.
+        env: hopper, walker2d, halfcheetah or a maze; empty: the run's own.
         episodes: per seed, each at most 1000 steps.
         stochastic: sample a run's actions; behaviour policies always do.
         seed: of the initial states and the sampled actions.
@@ -91,8 +97,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     out = pathlib.Path(config.out or f"{config.run_dir}/{RESULT_FILE}")
     candidate = _candidate(config)
     name = config.env or _environment(config.run_dir)
-    check_environment(name)
-    env = MujocoBatch(name, config.episodes, version=config.version)
+    env = _simulator(name, config.episodes, config.version)
     if candidate.spec != env.spec:
         raise ValueError(
             f"{candidate.name} is for {candidate.spec}, {name} has {env.spec}; choose a "
@@ -110,9 +115,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
+def _simulator(name: str, num_envs: int, version: str) -> MujocoBatch:
+    """The environment; raises where there is none of that name."""
+    env = evaluation_env(name, num_envs, version)
+    assert env is not None  # an unknown name has raised, an empty one is the run's own
+    return env
+
+
 def _candidate(config: EvaluateConfig) -> Candidate:
     if config.policy == "random":
-        spec = MujocoBatch(config.env, 1).spec
+        spec = _simulator(config.env, 1, config.version).spec
         return _host("random", random_act(spec.action_size), spec, "random")
     if config.policy:
         behaviour = load_behaviour(config.policy)
@@ -197,7 +209,8 @@ def _play(
 ) -> dict[str, Any]:
     done = 0
     with Progress(
-        candidate.num_seeds * MAX_STEPS, description=f"evaluate {candidate.name}"
+        candidate.num_seeds * getattr(env, "max_steps", MAX_STEPS),
+        description=f"evaluate {candidate.name}",
     ) as bar:
 
         def act(params: Any, key: jax.Array, observation: Any) -> Any:

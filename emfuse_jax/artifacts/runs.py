@@ -61,6 +61,9 @@ KINDS = {
     "bc": _policy("bc", "BcConfig", "bc"),
     "iql": _policy("iql", "IqlConfig", "iql"),
     "diffusion": _policy("diffusion", "DiffusionConfig", "diffusion"),
+    "aepo": _policy("aepo", "AepoConfig", "aepo"),
+    "qgpo": _policy("qgpo", "QgpoConfig", "qgpo"),
+    "ibc": _policy("ibc", "IbcConfig", "ibc"),
 }
 """What `load_run` can rebuild, besides fusions of dynamics."""
 
