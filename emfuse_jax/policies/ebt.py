@@ -348,6 +348,9 @@ def ebt_refine(
             config.act_steps,
             tolerance=config.tolerance,
         )
+        if num_candidates == 1:
+            end = jax.tree.map(lambda leaf: leaf[0], end)
+            return Refinement(jnp.clip(end.position, -1.0, 1.0), *end[1:])
         best = jnp.argmin(jnp.where(jnp.isnan(end.energy), jnp.inf, end.energy), axis=0)
 
         def pick(leaf: jax.Array) -> jax.Array:
