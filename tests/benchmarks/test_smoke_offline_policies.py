@@ -17,7 +17,7 @@ from emfuse_jax.policies.diffusion import DiffusionConfig
 from experiments._run import run_main
 
 FLAGS = (
-    *("--envs=pointmaze-umaze", "--methods=bc", "--rows=620", "--num_updates=2"),
+    *("--envs=pointmaze-umaze", "--methods=bc", "--rows=3000", "--num_updates=2"),
     *("--batch_size=8", "--hidden_sizes=8", "--num_seeds=2", "--episodes=2"),
 )
 
@@ -36,7 +36,7 @@ def test_it_scores_every_method_once(tmp_path, capsys):
     first = artifacts.read_json(out)
     assert set(first["table"]["pointmaze-umaze"]) == {"behaviour", "bc"}
     assert np.shape(first["table"]["pointmaze-umaze"]["bc"]["episodes"]) == (2, 2)
-    assert first["data"]["pointmaze-umaze"]["rows"] == 620
+    assert first["data"]["pointmaze-umaze"]["rows"] == 3000
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.json")}
     assert run_main(*main, argv) == 0
     again = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.json")}
