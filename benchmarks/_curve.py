@@ -20,6 +20,7 @@ from emfuse_jax.base import History, SpaceSpec, TransitionModel
 from emfuse_jax.data import Dataset, make_dataset
 from emfuse_jax.dynamics import (
     Batch,
+    CandidateConfig,
     SamplingConfig,
     candidates,
     min_energy_model,
