@@ -14,7 +14,6 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
@@ -38,6 +37,8 @@ from experiments._run import run_main
 UNIT = 3.5
 """The eight modes are divided by it for training, so that actions lie in about [-1, 1]."""
 FIELD_TIME = 0.2
+STRENGTHS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""``β h s²`` of the quadratic problem."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def exact_linear(config: GuidanceToysConfig) -> dict[str, Any]:
 def exact_quadratic(config: GuidanceToysConfig) -> list[dict[str, Any]]:
     """(b): both forms by the strength ``β h s²``; the goal is at 0.8, the data at 0."""
     rows, goal = [], 0.8
-    for strength in (0.05, 0.2, 0.5, 1.0, 2.0, 4.0):
+    for strength in STRENGTHS:
         curvature = strength / (toys.BETA * toys.STD**2)
         target = {
             "mean": goal * strength / (1 + strength),
@@ -196,10 +197,20 @@ def train(policy: Any, batch_fn: Any, config: Any, steps: int) -> tuple[list, fl
     return tree.unstack(states), time.process_time() - start
 
 
-def behaviour(config: GuidanceToysConfig) -> DiffusionConfig:
+def behaviour(config: GuidanceToysConfig, steps: int) -> DiffusionConfig:
     """The denoiser of every trained toy."""
     return DiffusionConfig(
-        network=DenoiserConfig(hidden_sizes=config.hidden), bound=None
+        network=DenoiserConfig(hidden_sizes=config.hidden),
+        learning_rate=3e-3,
+        decay_steps=steps,
+        bound=None,
+    )
+
+
+def guidance(config: GuidanceToysConfig, steps: int) -> GuidanceConfig:
+    """The energy network of every trained toy."""
+    return GuidanceConfig(
+        hidden_sizes=config.hidden, learning_rate=3e-3, decay_steps=steps
     )
 
 
@@ -208,8 +219,8 @@ def trained_linear(config: GuidanceToysConfig) -> dict[str, Any]:
     result = {}
     for point in ("data", "posterior_mean"):
         settings = AepoConfig(
-            behaviour=behaviour(config),
-            guidance=GuidanceConfig(hidden_sizes=config.hidden),
+            behaviour=behaviour(config, config.linear_steps),
+            guidance=guidance(config, config.linear_steps),
             inverse_temperature=toys.BETA,
             normalize_values=False,
             expand_at=point,
@@ -272,8 +283,8 @@ def trained_quadratic(config: GuidanceToysConfig) -> dict[str, Any]:
     }
     for expansion in ("gradient", "curvature"):
         settings = AepoConfig(
-            behaviour=behaviour(config),
-            guidance=GuidanceConfig(hidden_sizes=config.hidden),
+            behaviour=behaviour(config, config.linear_steps),
+            guidance=guidance(config, config.linear_steps),
             inverse_temperature=toys.BETA,
             normalize_values=False,
             expansion=expansion,
@@ -299,8 +310,8 @@ def trained_eight(config: GuidanceToysConfig) -> tuple[dict[str, Any], dict[str,
     jobs += [("contrastive", number) for number in config.support]
     for loss, number in jobs:
         settings = QgpoConfig(
-            behaviour=behaviour(config),
-            guidance=GuidanceConfig(hidden_sizes=config.hidden),
+            behaviour=behaviour(config, config.eight_steps),
+            guidance=guidance(config, config.eight_steps),
             loss=loss,
             inverse_temperature=toys.EIGHT_BETA,
             normalize_values=False,
@@ -381,10 +392,5 @@ def main(config: GuidanceToysConfig) -> dict[str, Any]:
     return document
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run_main(main, GuidanceToysConfig, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_main(main, GuidanceToysConfig))

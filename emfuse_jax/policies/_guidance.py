@@ -18,6 +18,7 @@ class GuidanceConfig:
     Attributes:
         hidden_sizes: of the energy network.
         learning_rate: Adam.
+        decay_steps: as for the behaviour.
         average_rate: of the moving average of the weights, which guides.
         scale: the guidance's weight ``w``, 0 or more; 0 is the behaviour, 1 the exact
             target.
@@ -25,8 +26,9 @@ class GuidanceConfig:
             a smaller scale.
     """
 
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[int, ...] = (128, 128)
     learning_rate: float = 1e-3
+    decay_steps: int | None = None
     average_rate: float = 0.005
     scale: float = 1.0
     rescale: bool = False
@@ -36,6 +38,11 @@ class GuidanceConfig:
             raise ValueError(
                 f"guidance scale={self.scale}; expected 0 or more: a negative one seeks "
                 "the actions that the value calls bad"
+            )
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(
+                f"decay_steps={self.decay_steps}; expected at least 1, or None for a "
+                "constant rate"
             )
         if not 0.0 < self.average_rate <= 1.0:
             raise ValueError(

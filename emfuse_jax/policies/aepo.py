@@ -35,6 +35,7 @@ from emfuse_jax.policies.diffusion import (
     DiffusionParams,
     DiffusionState,
     GuidedDiffusion,
+    decayed_adam,
     diffusion,
     diffusion_model,
     draw_times,
@@ -168,7 +169,7 @@ def aepo(
     critics = iql_critics(config.critics, spec) if critics is None else critics
     model = aepo_model(config, spec, network=network)
     energy = energy_network(config.guidance)
-    optimizer = optax.adam(config.guidance.learning_rate)
+    optimizer = decayed_adam(config.guidance.learning_rate, config.guidance.decay_steps)
 
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> AepoState:
         key_behaviour, key_critics, key_energy = jax.random.split(key, 3)

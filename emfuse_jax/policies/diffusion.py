@@ -21,7 +21,7 @@ References:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ class DiffusionConfig:
             which the noise is ``σ a_t + α v``: exact in the limit of all noise, where an
             error of the noise is an error of the action ``σ/α`` times as large.
         learning_rate: Adam.
+        decay_steps: anneal the rate to 0 along a cosine over this many updates; none keeps
+            it constant.
         average_rate: of the moving average of the weights, with which it acts.
         min_time: times are drawn from ``U(min_time, 1)``.
         num_steps: evaluations of the denoiser per action.
@@ -64,6 +66,7 @@ class DiffusionConfig:
     network: DenoiserConfig = DenoiserConfig()  # noqa: RUF009
     prediction: Literal["velocity", "noise"] = "velocity"
     learning_rate: float = 1e-3
+    decay_steps: int | None = None
     average_rate: float = 0.005
     min_time: float = 1e-3
     num_steps: int = 15
@@ -81,6 +84,11 @@ class DiffusionConfig:
         if not 0.0 < self.min_time < 1.0:
             raise ValueError(
                 f"min_time={self.min_time}; expected a time in (0, 1), such as 1e-3"
+            )
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(
+                f"decay_steps={self.decay_steps}; expected at least 1, or None for a "
+                "constant rate"
             )
         if not 0.0 < self.average_rate <= 1.0:
             raise ValueError(
@@ -303,7 +311,7 @@ def diffusion(
         A `Policy` whose state is a `DiffusionState`.
     """
     network = denoiser(spec.action_size, config.network) if network is None else network
-    optimizer = optax.adam(config.learning_rate)
+    optimizer = decayed_adam(config.learning_rate, config.decay_steps)
 
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> DiffusionState:
         size = spec.observation_size
@@ -355,6 +363,16 @@ def diffusion(
         bound=config.bound,
     )
     return Policy(init, update, act, None)
+
+
+def decayed_adam(
+    learning_rate: float, decay_steps: int | None
+) -> optax.GradientTransformation:
+    """Adam, its rate annealed to 0 along a cosine unless ``decay_steps`` is None."""
+    rate: Any = learning_rate
+    if decay_steps is not None:
+        rate = optax.cosine_decay_schedule(rate, decay_steps)
+    return optax.adam(rate)
 
 
 def moving_average(

@@ -42,6 +42,7 @@ from emfuse_jax.policies.diffusion import (
     DiffusionParams,
     DiffusionState,
     GuidedDiffusion,
+    decayed_adam,
     diffusion,
     diffusion_model,
     draw_times,
@@ -237,10 +238,11 @@ def regression_energy_loss(
 ) -> Float[Array, "*batch"]:
     """Mean of ``(E_t + βQ)²``: learns ``E[βQ|a_t]``, a lower bound of ``-E_t``. Biased.
 
-    A constant of each row is taken out of ``βQ``; it guides nowhere.
+    The mean of the row's other actions is taken out of ``βQ``; it guides nowhere.
     """
-    centered = value - jnp.mean(value, axis=-1, keepdims=True)
-    return jnp.mean(jnp.square(energy + centered), axis=-1)
+    total = jnp.sum(value, axis=-1, keepdims=True)
+    others = (total - value) / (value.shape[-1] - 1)
+    return jnp.mean(jnp.square(energy + value - others), axis=-1)
 
 
 _LOSSES = {
@@ -311,7 +313,9 @@ def qgpo(
     critic = q_ensemble(config.num_critics, config.hidden_sizes)
     energy = energy_network(config.guidance)
     critic_optimizer = optax.adam(config.learning_rate)
-    energy_optimizer = optax.adam(config.guidance.learning_rate)
+    energy_optimizer = decayed_adam(
+        config.guidance.learning_rate, config.guidance.decay_steps
+    )
     ring = ring_buffer(config.capacity, config.batch_size)
 
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> QgpoState:

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from emfuse_jax import tree
 from emfuse_jax.base import SpaceSpec, Transition
 from emfuse_jax.loops import fit
 from emfuse_jax.nets.denoiser import DenoiserConfig
@@ -34,12 +35,12 @@ VALUE = jnp.array([0.0, 1.0, 3.0])
 
 def fitted(loss_fn, num_support):
     """The table of energies that minimises the loss, centred."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 800))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 400))
 
     def step(carry, key):
         table, state = carry
         key_action, key_seen = jax.random.split(key)
-        shape = (512, num_support)
+        shape = (1024 // num_support, num_support)
         action = jax.random.categorical(key_action, jnp.log(PRIOR), shape=shape)
         seen = jax.random.categorical(key_seen, jnp.log(CHANNEL)[action])
         gradient = jax.grad(lambda t: loss_fn(t[seen], VALUE[action]).mean())(table)
@@ -47,7 +48,7 @@ def fitted(loss_fn, num_support):
         return (optax.apply_updates(table, change), state), None
 
     start = jnp.zeros(4)
-    keys = jax.random.split(jax.random.key(0), 800)
+    keys = jax.random.split(jax.random.key(0), 400)
     table = jax.lax.scan(step, (start, optimizer.init(start)), keys)[0][0]
     return table - table.mean()
 
@@ -71,7 +72,7 @@ def tables():
         return {
             "split": fitted(split_energy_loss, 4),
             "few": fitted(contrastive_energy_loss, 4),
-            "many": fitted(contrastive_energy_loss, 64),
+            "many": fitted(contrastive_energy_loss, 32),
             "regression": fitted(regression_energy_loss, 4),
         }
 
@@ -82,7 +83,7 @@ def test_contrastive_energies_are_exact_with_many_actions_or_split_with_few(tabl
     truth = exact("exp")
     assert np.abs(tables["split"] - truth).max() < 0.1
     assert np.abs(tables["many"] - truth).max() < 0.1
-    assert np.abs(tables["few"] - truth).max() > 0.2  # it stands in its normaliser
+    assert np.abs(tables["few"] - truth).max() > 0.12  # it stands in its normaliser
 
 
 def test_regression_learns_the_mean_value_and_not_the_energy(tables):
@@ -158,7 +159,7 @@ def test_exact_guidance_gives_the_eight_modes_their_weights_and_the_biased_one_d
 SPEC = SpaceSpec(2, 1)
 SMALL = QgpoConfig(
     behaviour=DiffusionConfig(
-        network=DenoiserConfig(hidden_sizes=(32, 32), time_features=8),
+        network=DenoiserConfig(kind="mlp", hidden_sizes=(32, 32), time_features=8),
         learning_rate=3e-3,
         num_steps=8,
     ),
@@ -190,7 +191,7 @@ def test_it_learns_the_value_of_a_bandit_and_moves_towards_it():
     @jax.jit
     def train(key):
         state = policy.init(key)
-        return fit(key, policy, state, lambda k, _: batch_of(k), 600, chunk=600)
+        return fit(key, policy, state, lambda k, _: batch_of(k), 500, chunk=500)
 
     state, metrics = train(jax.random.key(0))
     act = jax.jit(policy.act)
@@ -215,8 +216,7 @@ def test_an_update_keeps_the_state_as_it_is(loss):
     state = jax.eval_shape(policy.init, key)
     batch = jax.eval_shape(lambda k: batch_of(k, 1), key)
     new, metrics = jax.eval_shape(policy.update, key, state, batch)
-    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, new))
-    assert described[0] == described[1]
+    assert tree.same_structure(state, new)
     assert all(value.shape == () for value in metrics.values())
 
 

@@ -37,7 +37,7 @@ def errors(start):
         end = solve(start)
         return float(jnp.abs(end - exact_end(start)).max())
 
-    return {steps: error(steps) for steps in (60, 120, 240)}
+    return {steps: error(steps) for steps in (60, 120)}
 
 
 def test_the_schedule_preserves_variance_and_ends_in_noise():
@@ -60,9 +60,8 @@ def test_the_predicted_action_inverts_the_diffusion():
 
 
 def test_the_solver_is_of_second_order(errors):
-    for steps in (60, 120):
-        assert 3.0 < errors[steps] / errors[2 * steps] < 5.5  # a first-order one: 2
-    assert errors[240] < 1e-3
+    assert 3.0 < errors[60] / errors[120] < 5.5  # a first-order one: 2
+    assert errors[120] < 3e-3
 
 
 def test_fifteen_steps_are_usable_and_uniform_ones_are_not(start):
