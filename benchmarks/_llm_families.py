@@ -159,7 +159,6 @@ def gather_material(config: LlmStudyConfig, folder: pathlib.Path) -> Material:
             prompt=config.experts.prompt,
             answer=config.answer,
             starts=(0, config.experts.window // 2),
-            separator=tokenizer.eos_id,
         )
         for index, (name, parts) in enumerate(zip(domains, parted, strict=True))
     }

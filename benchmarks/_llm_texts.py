@@ -30,11 +30,9 @@ class Texts(NamedTuple):
 
 class Questions(NamedTuple):
     """Multiple choice. ``texts`` holds the options of one question after another, prompt
-    and answer in one, the right one first; ``alone`` the same answers after nothing but a
-    separator."""
+    and answer in one, the right one first."""
 
     texts: Texts
-    alone: Texts
     num_options: int
 
 
@@ -116,7 +114,6 @@ def questions(
     prompt: int,
     answer: int,
     starts: Sequence[int] = (0,),
-    separator: int = 0,
 ) -> Questions:
     """Which of several continuations, ``answer`` tokens each, is the prompt's own?
 
@@ -127,7 +124,6 @@ def questions(
         prompt: tokens.
         answer: tokens.
         starts: where in a window a prompt begins, one question each.
-        separator: the token between documents.
 
     Raises:
         ValueError: if windows differ in the number of their distractors.
@@ -137,20 +133,17 @@ def questions(
         raise ValueError(
             f"windows with {sorted(options)} distractors; expected one count"
         )
-    tokens, alone, units = [], [], []
+    tokens, units = [], []
     for window, start in itertools.product(windows, starts):
         begin = start + prompt
         given = window.tokens[start:begin]
         others = [pool[index].tokens for index in window.distractors]
         answers = [own[begin : begin + answer] for own in (window.tokens, *others)]
         tokens += [given + own for own in answers]
-        alone += [(separator, *own) for own in answers]
         units.append(window.documents[0])
-    both = (
-        Texts(np.asarray(rows, np.int32), np.full(np.shape(rows), domain), tuple(units))
-        for rows in (tokens, alone)
-    )
-    return Questions(*both, num_options=options.pop() + 1)
+    rows = np.asarray(tokens, np.int32)
+    asked = Texts(rows, np.full(rows.shape, domain), tuple(units))
+    return Questions(asked, num_options=options.pop() + 1)
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:

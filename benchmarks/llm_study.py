@@ -182,24 +182,12 @@ def score_family(
         long = family.score(own, config.long_prompt, rules=used, plain=family.plain)[0]
         found[f"nats, {name}, long prompt"] = _sums(long)
         asked = material.questions[name]
-        given = _sums(
-            family.score(asked.texts, prompt, rules=used, plain=family.plain)[0]
-        )
-        plain = rules.scorer(*rules.FIXED["emfuse"])
-        usual = _sums(family.score(asked.alone, 1, rules={"emfuse": plain})[0])
-        for form, rows in {
-            "correct, {}": given,
-            "correct, {}, mutual information": {
-                # One law of plain text for all: rules that weigh experts by the prompt
-                # would otherwise be two laws at once.
-                method: nats - usual["emfuse"]
-                for method, nats in given.items()
-            },
-        }.items():
-            found[form.format(name)] = {
-                method: np.argmin(nats.reshape(-1, asked.num_options), axis=1) == 0
-                for method, nats in rows.items()
-            }
+        options = {"rules": used, "plain": family.plain}
+        given = _sums(family.score(asked.texts, prompt, **options)[0])
+        found[f"correct, {name}"] = {
+            method: np.argmin(nats.reshape(-1, asked.num_options), axis=1) == 0
+            for method, nats in given.items()
+        }
         facts["pool"][name] = measure.sample_pool(
             family.models,
             family.experts,
@@ -334,9 +322,6 @@ def summarise(
         "bits_per_byte": table("nats, {}", prompt, every, against),
         "bits_per_byte_long_prompt": table(form, config.long_prompt, domains, against),
         "accuracy": table("correct, {}", None, domains, against),
-        "accuracy_mutual_information": table(
-            "correct, {}, mutual information", None, domains, against
-        ),
     }
 
 
