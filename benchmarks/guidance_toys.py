@@ -61,8 +61,8 @@ class GuidanceToysConfig:
     """
 
     seeds: int = 3
-    linear_steps: int = 4000
-    eight_steps: int = 8000
+    linear_steps: int = 2500
+    eight_steps: int = 6000
     hidden: tuple[int, ...] = (128, 128, 128)
     batch_size: int = 256
     support: tuple[int, ...] = (16, 64)
@@ -316,8 +316,9 @@ def trained_eight(config: GuidanceToysConfig) -> tuple[dict[str, Any], dict[str,
             inverse_temperature=toys.EIGHT_BETA,
             normalize_values=False,
             num_support=number,
-            support_rows=max(64 // number, 1),
-            batch_size=max(2 * config.batch_size // number, 1),
+            support_rows=max(32 // number, 1),
+            support_steps=8,
+            batch_size=max(config.batch_size // number, 1),
             capacity=1024,
         )
         spec = SpaceSpec(1, 2)

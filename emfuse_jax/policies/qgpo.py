@@ -340,9 +340,7 @@ def qgpo(
 
     def values(q: Params, observation: jax.Array, action: jax.Array) -> jax.Array:
         """The smallest critic's, of ``action [*batch, action, act]``."""
-        many = jnp.broadcast_to(
-            observation[..., None, :], (*action.shape[:-1], observation.shape[-1])
-        )
+        many = _repeated(observation, action)
         if value_fn is not None:
             return value_fn(many, action)
         return jnp.min(critic.apply(q, many, action), axis=0)
@@ -362,23 +360,13 @@ def qgpo(
         now, following = draw(params, key, many)
         return Supported(first, now, following)
 
-    def update(
-        key: jax.Array, state: QgpoState, batch: Transition
-    ) -> tuple[QgpoState, Metrics]:
-        keys = jax.random.split(key, 5)
-        new_behaviour, learned = behaviour.update(keys[0], state.behaviour, batch)
-        stored = ring.add(state.ring, add_support(keys[1], new_behaviour.params, batch))
-        rows: Supported = ring.sample(keys[2], stored)
-        step = normalized(new_behaviour.params.normalizer, rows.transition)
-
-        value = values(state.target_q, step.observation, rows.support)
-        rate = jnp.maximum(config.moment_rate, 1.0 / (state.step + 1.0))
-        square = state.value_square + rate * (
-            jnp.mean(jnp.var(value, axis=-1)) - state.value_square
-        )
-        unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
-
-        bootstrap = config.target_inverse_temperature
+    def critic_step(
+        state: QgpoState, rows: Supported, unit: jax.Array | float
+    ) -> tuple[dict[str, Any], Metrics]:
+        """New critics, their targets and optimiser, as fields of the state."""
+        if value_fn is not None:
+            return {}, {}
+        step, bootstrap = rows.transition, config.target_inverse_temperature
         bootstrap = config.inverse_temperature if bootstrap is None else bootstrap
         next_value = support_value(
             values(state.target_q, step.next_observation, rows.next_support),
@@ -393,53 +381,75 @@ def qgpo(
             discount=config.discount,
         )
 
-        def critic_objective(q: Params) -> jax.Array:
+        def objective(q: Params) -> jax.Array:
             found = critic.apply(q, step.observation, step.action)
             return jnp.mean(critic_loss(found, target))
 
-        scaled = config.inverse_temperature * value / unit
-        time = draw_times(keys[3], value.shape[:1], config.behaviour.min_time)
+        loss, gradient = jax.value_and_grad(objective)(state.q)
+        change, optimizer = critic_optimizer.update(gradient, state.q_optimizer)
+        q = optax.apply_updates(state.q, change)
+        target_q = optax.incremental_update(
+            q, state.target_q, config.target_update_rate
+        )
+        new = {"q": q, "target_q": target_q, "q_optimizer": optimizer}
+        return new, {"critic_loss": loss, "target_mean": jnp.mean(target)}
+
+    def energy_step(
+        key: jax.Array, state: QgpoState, rows: Supported, value: jax.Array
+    ) -> tuple[dict[str, Any], Metrics]:
+        """New guidance for ``value = βQ`` of the support; one time per state."""
+        key_time, key_noise = jax.random.split(key)
+        time = draw_times(key_time, value.shape[:1], config.behaviour.min_time)
         times = jnp.broadcast_to(time[:, None], value.shape)
-        noise = jax.random.normal(keys[4], rows.support.shape)
+        noise = jax.random.normal(key_noise, rows.support.shape)
         noisy = _vp.diffuse(rows.support, noise, times)
-        many = jnp.broadcast_to(
-            step.observation[:, None], (*value.shape, spec.observation_size)
-        )
+        observation = _repeated(rows.transition.observation, noisy)
 
-        def energy_objective(weights: Params) -> jax.Array:
-            found = energy.apply(weights, noisy, times, many)
-            return jnp.mean(_LOSSES[config.loss](found, scaled))
+        def objective(weights: Params) -> jax.Array:
+            found = energy.apply(weights, noisy, times, observation)
+            return jnp.mean(_LOSSES[config.loss](found, value))
 
-        metrics = {"behaviour_loss": learned["loss"], "value_rms": jnp.sqrt(square)}
-        q, q_optimizer, target_q = state.q, state.q_optimizer, state.target_q
-        if value_fn is None:
-            metrics["critic_loss"], gradient = jax.value_and_grad(critic_objective)(q)
-            change, q_optimizer = critic_optimizer.update(gradient, q_optimizer)
-            q = optax.apply_updates(q, change)
-            target_q = optax.incremental_update(q, target_q, config.target_update_rate)
-            metrics["q_mean"] = jnp.mean(value)
-        metrics["energy_loss"], gradient = jax.value_and_grad(energy_objective)(
-            state.energy
-        )
-        change, new_optimizer = energy_optimizer.update(
-            gradient, state.energy_optimizer
-        )
+        loss, gradient = jax.value_and_grad(objective)(state.energy)
+        change, optimizer = energy_optimizer.update(gradient, state.energy_optimizer)
         weights = optax.apply_updates(state.energy, change)
         average = moving_average(
             weights, state.average, state.step, config.guidance.average_rate
         )
-        new_state = QgpoState(
+        new = {"energy": weights, "average": average, "energy_optimizer": optimizer}
+        return new, {"energy_loss": loss}
+
+    def update(
+        key: jax.Array, state: QgpoState, batch: Transition
+    ) -> tuple[QgpoState, Metrics]:
+        keys = jax.random.split(key, 4)
+        new_behaviour, learned = behaviour.update(keys[0], state.behaviour, batch)
+        params = new_behaviour.params
+        stored = ring.add(state.ring, add_support(keys[1], params, batch))
+        rows: Supported = ring.sample(keys[2], stored)
+        rows = rows._replace(transition=normalized(params.normalizer, rows.transition))
+        value = values(state.target_q, rows.transition.observation, rows.support)
+        rate = jnp.maximum(config.moment_rate, 1.0 / (state.step + 1.0))
+        square = state.value_square + rate * (
+            jnp.mean(jnp.var(value, axis=-1)) - state.value_square
+        )
+        unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
+        new_critics, of_critics = critic_step(state, rows, unit)
+        scaled = config.inverse_temperature * value / unit
+        new_energy, of_energy = energy_step(keys[3], state, rows, scaled)
+        new_state = state._replace(
             behaviour=new_behaviour,
-            q=q,
-            target_q=target_q,
-            q_optimizer=q_optimizer,
-            energy=weights,
-            average=average,
-            energy_optimizer=new_optimizer,
             ring=stored,
             value_square=square,
+            **new_critics,
+            **new_energy,
         )
-        return new_state, metrics
+        return new_state, {
+            "behaviour_loss": learned["loss"],
+            **of_critics,
+            **of_energy,
+            "value_mean": jnp.mean(value),
+            "value_spread": jnp.sqrt(square),
+        }
 
     act = guided_act(
         model,
@@ -450,3 +460,9 @@ def qgpo(
         bound=config.behaviour.bound,
     )
     return Policy(init, update, act, None)
+
+
+def _repeated(observation: jax.Array, action: jax.Array) -> jax.Array:
+    """``[*batch, obs]`` beside ``[*batch, action, act]``."""
+    shape = (*action.shape[:-1], observation.shape[-1])
+    return jnp.broadcast_to(observation[..., None, :], shape)
