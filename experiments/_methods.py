@@ -16,9 +16,15 @@ OFFLINE = {
     "diffusion": "behaviour cloning with a diffusion model",
     "aepo": "a diffusion behaviour guided by the analytic energy of IQL's value",
     "qgpo": "a diffusion behaviour guided by contrastive energy prediction",
+    "diffusion_transformer": "diffusion cloning of action chunks with a transformer",
+    "ebt": "an energy transformer over action chunks, acting by descent",
     "ibc": "implicit behavioural cloning: the lowest action of a contrastive energy",
 }
 """Methods that train on data alone, with what they are; `artifacts.KINDS` builds them."""
+
+
+VALUED = ("iql", "aepo", "qgpo")
+"""Methods that learn values of single actions, so that they plan no chunks."""
 
 
 def names() -> list[str]:
@@ -80,5 +86,11 @@ def config_class(base: type, method: str) -> type:
 
 
 def own_config(config: Any) -> Any:
-    """The settings of the method itself, out of what `config_class` made."""
-    return getattr(config, config.method)
+    """The settings of the method itself, out of what `config_class` made: those of a
+    transformer take their frames and actions from ``config.plan``."""
+    own = getattr(config, config.method)
+    names = {field.name for field in dataclasses.fields(own)}
+    if {"num_frames", "horizon"} <= names:
+        plan = config.plan
+        own = dataclasses.replace(own, num_frames=plan.num_frames, horizon=plan.horizon)
+    return own

@@ -24,14 +24,14 @@ from emfuse_jax.data import (
     Dataset,
     concatenate,
     episode_bounds,
-    gather_transition,
     load_dataset,
 )
 from emfuse_jax.data.normalizer import fit_normalizer
+from emfuse_jax.policies.chunks import ChunkConfig, chunk_spec, gather_chunks
 from experiments import _policy_run
 from experiments._measure import require
-from experiments._methods import own_config
-from experiments._returns import evaluation_env
+from experiments._methods import VALUED, own_config
+from experiments._returns import ONE_STEP, evaluation_env
 from experiments._run import open_run
 
 
@@ -47,6 +47,8 @@ class OfflineConfig:
             evaluated.
         num_updates: gradient steps.
         batch_size: rows per gradient step.
+        plan: frames that the policy reads and actions that it plans and executes; the
+            transformers' own num_frames and horizon follow it.
         return_range: rewards are scaled so that the returns of the data's episodes span
             this much (1000 in implicit Q-learning's locomotion); none: as they are.
         chunk: gradient steps per row of metrics.
@@ -63,6 +65,7 @@ class OfflineConfig:
     env: str = ""
     num_updates: int = 100_000
     batch_size: int = 256
+    plan: ChunkConfig = ONE_STEP
     return_range: float | None = 1000.0
     chunk: int = 1000
     eval_every: int = 20_000
@@ -82,6 +85,11 @@ class OfflineConfig:
                     f"{name}={getattr(self, name)} must be a multiple of "
                     f"chunk={self.chunk}"
                 )
+        if self.method in VALUED and self.plan.horizon > 1:
+            raise ValueError(
+                f"plan.horizon={self.plan.horizon}: {self.method} values single actions; "
+                "plan chunks with bc, diffusion, diffusion_transformer, ebt or ibc"
+            )
         if self.return_range is not None and not self.return_range > 0.0:
             raise ValueError(
                 f"return_range={self.return_range}; expected a positive range, or none"
@@ -114,9 +122,11 @@ def train_offline(config: Any) -> dict[str, Any]:
     if env is None:
         print(_policy_run.skipped(config.env), file=sys.stderr)
     with open_run(config.run_dir, config, kind="train_policy", seed=config.seed) as run:
-        own = own_config(config)
-        _policy_run.describe(run, config.method, own, spec, config.num_seeds)
-        policy = artifacts.KINDS[config.method].build(own, spec)
+        own, plans = own_config(config), chunk_spec(config.plan, spec)
+        _policy_run.describe(
+            run, config.method, own, plans, config.num_seeds, plan=config.plan
+        )
+        policy = artifacts.KINDS[config.method].build(own, plans)
         facts = {"data": list(config.data), "method": config.method, "env": config.env}
         with run.stage("train"):
             _fit(run, config, policy, jax.tree.map(jnp.asarray, dataset), env, facts)
@@ -127,11 +137,11 @@ def _fit(
     run: Any, config: Any, policy: Policy, dataset: Dataset, env: Any, facts: Any
 ) -> None:
     def init(key: jax.Array, data: Dataset) -> Any:
-        return initial_state(policy, key, data)
+        return initial_state(policy, key, data, config.plan)
 
     def sample_batch(key: jax.Array, data: Dataset) -> Transition:
         rows = jax.random.randint(key, (config.batch_size,), 0, data.age.shape[0])
-        return gather_transition(data, rows)
+        return gather_chunks(data, rows, config.plan)
 
     one = config.num_seeds == 1
     key_init, key_fit = _policy_run.seed_keys(config.seed, config.num_seeds)
@@ -145,16 +155,22 @@ def _fit(
         data=dataset,
         chunk=config.chunk,
         save_every=config.eval_every // config.chunk,
-        evaluate=_policy_run.evaluator(run, config, policy, env, facts),
+        evaluate=_policy_run.evaluator(
+            run, config, policy, env, facts, plan=config.plan
+        ),
         description=f"train {config.method}",
     )
 
 
-def initial_state(policy: Policy, key: jax.Array, dataset: Dataset) -> Any:
+def initial_state(
+    policy: Policy, key: jax.Array, dataset: Dataset, plan: ChunkConfig = ONE_STEP
+) -> Any:
     """``policy.init``, with a normaliser of the data's observations where it takes one."""
     if "normalizer" not in inspect.signature(policy.init).parameters:
         return policy.init(key)
-    return policy.init(key, normalizer=fit_normalizer(dataset.observation))
+    rows = jnp.arange(dataset.age.shape[0])
+    frames = gather_chunks(dataset, rows, plan).observation
+    return policy.init(key, normalizer=fit_normalizer(frames))
 
 
 def scale_rewards(dataset: Dataset, return_range: float | None) -> Dataset:

@@ -8,7 +8,8 @@ import jax
 
 from emfuse_jax import artifacts
 from emfuse_jax.base import Policy
-from experiments._returns import compiled_act, evaluate_seeds, summary
+from emfuse_jax.policies.chunks import ChunkConfig
+from experiments._returns import ONE_STEP, compiled_act, evaluate_seeds, summary
 from experiments._run import Run
 
 POLICY_FOLDER = "policy"
@@ -25,11 +26,22 @@ def seed_keys(seed: int, num_seeds: int) -> tuple[jax.Array, jax.Array]:
     return keys[:, 0], keys[:, 1]
 
 
-def describe(run: Run, kind: str, own: Any, spec: Any, num_seeds: int) -> None:
-    """Writes ``model.json``: the parameters lie in `POLICY_FOLDER`."""
+def describe(
+    run: Run,
+    kind: str,
+    own: Any,
+    spec: Any,
+    num_seeds: int,
+    *,
+    plan: ChunkConfig = ONE_STEP,
+) -> None:
+    """Writes ``model.json``: the parameters lie in `POLICY_FOLDER`; ``plan`` says how a
+    policy of chunks acts."""
     description = artifacts.describe(
         kind, own, spec, params_in=POLICY_FOLDER, num_seeds=num_seeds
     )
+    if plan != ONE_STEP:
+        description["plan"] = artifacts.to_json(plan)
     artifacts.write_description(run.path, description)
 
 
@@ -41,6 +53,7 @@ def evaluator(
     facts: dict[str, Any],
     *,
     per_chunk: int = 1,
+    plan: ChunkConfig = ONE_STEP,
 ) -> Callable[[int, Any], dict[str, float]]:
     """What `Run.fit` calls before each checkpoint: saves the policy, tries it, and writes
     ``result.json``.
@@ -52,8 +65,9 @@ def evaluator(
         env: where; None evaluates nothing.
         facts: what ``result.json`` says besides the returns.
         per_chunk: updates of the policy per step of `Run.fit`.
+        plan: how a policy of chunks acts.
     """
-    act = compiled_act(policy)
+    act = compiled_act(policy, plan=plan, spec=None if env is None else env.spec)
     result = dict(facts)
 
     def evaluate(chunks: int, state: Any) -> dict[str, float]:

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emfuse_jax.base import Policy
+from emfuse_jax.base import Policy, SpaceSpec
 from emfuse_jax.envs.mujoco_batch import ENVIRONMENTS, MujocoBatch
 from emfuse_jax.envs.pointmaze import MAZES, PointMazeBatch
-from emfuse_jax.evaluation.episodes import MAX_STEPS, evaluate
+from emfuse_jax.evaluation.episodes import MAX_STEPS, ActFn, evaluate
 from emfuse_jax.evaluation.scores import normalized_score, reference_score
 from emfuse_jax.evaluation.statistics import hierarchical_bootstrap, iqm
+from emfuse_jax.policies.chunks import ChunkConfig, receding_horizon
 
 Act = Callable[[Any, jax.Array, Any], Any]
 """``(params, key, observation [env, obs]) -> action``, compiled once."""
+ONE_STEP = ChunkConfig(num_frames=1, horizon=1, execute=1)
+"""One observation, one action: no chunks."""
 
 
 def evaluation_env(
@@ -37,24 +40,64 @@ def evaluation_env(
     return MujocoBatch(name, num_envs, version=version)
 
 
-def compiled_act(policy: Policy, *, stochastic: bool = False) -> Act:
-    """The policy's action function; make it once, a second one would compile again."""
+class PlanningAct:
+    """A policy of chunks, compiled once: `start` gives the ``act`` of new episodes."""
+
+    def __init__(
+        self, policy: Policy, plan: ChunkConfig, spec: SpaceSpec, *, stochastic: bool
+    ) -> None:
+        horizon = receding_horizon(policy.act, plan, spec)
+        self._init = horizon.init
+        self._act = jax.jit(
+            functools.partial(horizon.act, deterministic=not stochastic)
+        )
+
+    def start(self, params: Any, num_envs: int) -> ActFn:
+        """``act(key, observation [env, obs])``, which remembers frames and plans."""
+        state = self._init((num_envs,))
+
+        def act(key: jax.Array, observation: Any) -> Any:
+            nonlocal state
+            state, action = self._act(params, key, state, jnp.asarray(observation))
+            return action
+
+        return act
+
+
+def compiled_act(
+    policy: Policy,
+    *,
+    stochastic: bool = False,
+    plan: ChunkConfig = ONE_STEP,
+    spec: SpaceSpec | None = None,
+) -> Act | PlanningAct:
+    """The policy's action function; make it once, a second one would compile again.
+
+    Args:
+        policy: who acts.
+        stochastic: sample actions.
+        plan: of a policy of chunks, for which ``spec`` is the environment's.
+        spec: see ``plan``.
+    """
+    if plan != ONE_STEP and spec is not None:
+        return PlanningAct(policy, plan, spec, stochastic=stochastic)
     return jax.jit(functools.partial(policy.act, deterministic=not stochastic))
 
 
 def evaluate_seeds(
     key: jax.Array,
     env: MujocoBatch,
-    act: Act,
+    act: Act | PlanningAct,
     params: Any,
     num_seeds: int,
     num_episodes: int,
     *,
     max_steps: int | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Returns ``[seed, episode]``; ``params`` lead with the seed axis where there is more
     than one. Every seed plays episodes of its own, of ``max_steps`` or the environment's
-    own limit."""
+    own limit. ``on_step`` is called before each action."""
     if max_steps is None:
         max_steps = getattr(env, "max_steps", MAX_STEPS)
     returns = []
@@ -65,12 +108,27 @@ def evaluate_seeds(
         stats = evaluate(
             jax.random.fold_in(key, seed),
             env,
-            functools.partial(act, own),
+            _counted(act, own, env.num_envs, on_step),
             num_episodes,
             max_steps=max_steps,
         )
         returns.append(np.asarray(stats.returns))
     return np.stack(returns)
+
+
+def _counted(act: Act | PlanningAct, params: Any, num_envs: int, on_step: Any) -> ActFn:
+    if isinstance(act, PlanningAct):
+        own = act.start(params, num_envs)
+    else:
+        own = functools.partial(act, params)
+    if on_step is None:
+        return own
+
+    def counted(key: jax.Array, observation: Any) -> Any:
+        on_step()
+        return own(key, observation)
+
+    return counted
 
 
 def summary(returns: np.ndarray, env: str) -> dict[str, Any]:

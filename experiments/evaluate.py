@@ -29,10 +29,13 @@ from emfuse_jax.data.behaviour import (
 )
 from emfuse_jax.envs.mujoco_batch import MujocoBatch
 from emfuse_jax.evaluation.episodes import MAX_STEPS
+from emfuse_jax.policies.chunks import ChunkConfig
 from experiments._measure import require
 from experiments._progress import Progress
 from experiments._returns import (
+    ONE_STEP,
     Act,
+    PlanningAct,
     compiled_act,
     evaluate_seeds,
     evaluation_env,
@@ -79,7 +82,7 @@ class Candidate(NamedTuple):
     """Who acts; ``digest`` tells its parameters from any others."""
 
     name: str
-    act: Act
+    act: Act | PlanningAct
     params: Any
     num_seeds: int
     spec: SpaceSpec
@@ -137,12 +140,19 @@ def _candidate(config: EvaluateConfig) -> Candidate:
             f"{config.run_dir} holds a {trained.description['kind']!r}, a dynamics model; "
             "--run_dir wants a run of train_policy"
         )
+    spec, plan = trained.spec, ONE_STEP
+    if "plan" in trained.description:
+        plan = artifacts.from_json(ChunkConfig, trained.description["plan"])
+        frames, horizon = plan.num_frames, plan.horizon
+        spec = SpaceSpec(spec.observation_size // frames, spec.action_size // horizon)
     return Candidate(
         name=pathlib.Path(config.run_dir).name,
-        act=compiled_act(trained.policy, stochastic=config.stochastic),
+        act=compiled_act(
+            trained.policy, stochastic=config.stochastic, plan=plan, spec=spec
+        ),
         params=trained.params,
         num_seeds=trained.description["num_seeds"],
-        spec=trained.spec,
+        spec=spec,
         stochastic=config.stochastic,
         digest=artifacts.tree_digest(trained.params),
         step=trained.step,
@@ -213,19 +223,19 @@ def _play(
         description=f"evaluate {candidate.name}",
     ) as bar:
 
-        def act(params: Any, key: jax.Array, observation: Any) -> Any:
+        def on_step() -> None:
             nonlocal done
             done += 1
             bar.update(done)
-            return candidate.act(params, key, observation)
 
         returns = evaluate_seeds(
             jax.random.key(config.seed),
             env,
-            act,
+            candidate.act,
             candidate.params,
             candidate.num_seeds,
             config.episodes,
+            on_step=on_step,
         )
     return summary(returns, name)
 

@@ -64,6 +64,10 @@ KINDS = {
     "aepo": _policy("aepo", "AepoConfig", "aepo"),
     "qgpo": _policy("qgpo", "QgpoConfig", "qgpo"),
     "ibc": _policy("ibc", "IbcConfig", "ibc"),
+    "ebt": _policy("ebt", "EbtConfig", "ebt_policy"),
+    "diffusion_transformer": _policy(
+        "diffusion_transformer", "DiffusionTransformerConfig", "diffusion_transformer"
+    ),
 }
 """What `load_run` can rebuild, besides fusions of dynamics."""
 

@@ -9,7 +9,7 @@ import pytest
 import _tiny_runs as tiny
 from emfuse_jax import artifacts
 from emfuse_jax.base import SpaceSpec
-from emfuse_jax.data.dataset import make_dataset
+from emfuse_jax.data.dataset import gather_transition, make_dataset
 from emfuse_jax.policies.iql import IqlConfig
 from experiments import _methods, _offline, _run, evaluate, report, train_policy
 
@@ -123,7 +123,7 @@ def test_every_method_of_the_table_initialises_updates_and_acts():
         def one_step(key, dataset, policy=policy):
             keys = jax.random.split(key, 3)
             state = _offline.initial_state(policy, keys[0], dataset)
-            batch = _offline.gather_transition(dataset, jnp.arange(rows))
+            batch = gather_transition(dataset, jnp.arange(rows))
             state, metrics = policy.update(keys[1], state, batch)
             return policy.act(state.params, keys[2], batch.observation), metrics
 
@@ -182,3 +182,35 @@ def test_settings_of_a_method_come_from_its_own_class():
     assert config_cls is _methods.config_class(_offline.OfflineConfig, "iql")
     with pytest.raises(ValueError, match="unknown method 'sac'"):
         _methods.config_class(_offline.OfflineConfig, "sac")
+
+
+def test_frames_and_chunks_reach_the_policy_and_its_acting(tmp_path):
+    root = tmp_path
+    data = tiny.write_data(root / "random.hdf5")
+    flags = (
+        *("--method=bc", "--bc.hidden_sizes=8", "--env=hopper", "--eval_episodes=2"),
+        *("--num_updates=5", "--eval_every=5", "--chunk=5", "--batch_size=4"),
+        *("--plan.num_frames=2", "--plan.horizon=3", "--plan.execute=2"),
+    )
+    command(train_policy, f"--data={data}", f"--run_dir={root}/bc", *flags)
+    trained = artifacts.load_run(root / "bc")
+    assert trained.spec == SpaceSpec(22, 9)
+    assert trained.description["plan"]["execute"] == 2
+    command(evaluate, f"--run_dir={root}/bc", "--episodes=2")
+    assert np.shape(
+        artifacts.read_json(root / "bc" / "evaluation.json")["episodes"]
+    ) == (
+        1,
+        2,
+    )
+
+
+def test_transformers_take_their_sizes_from_the_plan_and_values_have_none():
+    plan = _offline.ChunkConfig(num_frames=2, horizon=4, execute=2)
+    for name in ("ebt", "diffusion_transformer"):
+        config = _methods.config_class(_offline.OfflineConfig, name)(plan=plan)
+        own = _methods.own_config(config)
+        assert (own.num_frames, own.horizon) == (2, 4)
+    for name in _methods.VALUED:
+        with pytest.raises(ValueError, match=f"{name} values single actions"):
+            _methods.config_class(_offline.OfflineConfig, name)(plan=plan)
