@@ -24,9 +24,13 @@ from emfuse_jax.base import SpaceSpec
 from emfuse_jax.envs.mujoco_batch import MujocoBatch
 
 GOAL_RADIUS = 0.45
+"""Within this distance of the goal a step is paid for."""
 SPEED_LIMIT = 5.0
+"""Velocities are clipped to ± this before each step."""
 START_NOISE = 0.25
+"""Starts and targets lie within this distance, per axis, of a cell's centre."""
 Cell = tuple[int, int]
+"""Row and column of the map."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ MAZES = {
     "pointmaze-umaze": MazeSpec(map_name="U_MAZE", goal=(3, 1), max_steps=300),
     "pointmaze-medium": MazeSpec(map_name="MEDIUM_MAZE", goal=(6, 6), max_steps=600),
 }
+"""The tasks by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,11 @@ class PointMazeBatch(MujocoBatch):
         max_steps: the time limit of an episode.
         goal: its position ``[2]``.
         maze: gymnasium-robotics' maze.
+
+    Example:
+        >>> env = PointMazeBatch("pointmaze-umaze", 2)
+        >>> env.reset().shape, env.max_steps
+        ((2, 4), 300)
     """
 
     def __init__(self, name: str, num_envs: int, *, seed: int = 0) -> None:
@@ -167,6 +177,12 @@ def waypoint_act(
         env: the maze.
         noise: standard deviation of what is added to the force before it is clipped.
         goal: where to go and stay; None: to a random cell, then to another one.
+
+    Example:
+        >>> env = PointMazeBatch("pointmaze-umaze", 2)
+        >>> act = waypoint_act(env, goal=env.goal)
+        >>> act(jax.random.key(0), env.reset()).shape
+        (2, 2)
     """
     targets: list[np.ndarray | None] = [goal] * env.num_envs
     free = [np.asarray(xy) for xy in env.maze.unique_goal_locations]
