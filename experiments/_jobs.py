@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from emfuse_jax.artifacts.config import read_json, write_json
+from experiments._stopping import StoppedError, until_asked
 
 _PARENT = "EMFUSE_JAX_PARENT"
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +55,7 @@ def run_jobs(
 
     Raises:
         ChildProcessError: if a job failed; the others are stopped.
+        StoppedError: after SIGTERM, which is passed on: the jobs save and end first.
     """
     (folder / "logs").mkdir(exist_ok=True)
     record = folder / "jobs.json"
@@ -61,22 +63,38 @@ def run_jobs(
     waiting = [job for job in jobs if job.name not in done]
     running: list[_Running] = []
     try:
-        while waiting or running:
-            for job in [j for j in waiting if done.keys() >= set(j.needs)]:
-                if len(running) < workers:
-                    waiting.remove(job)
-                    order = f"{len(jobs) - len(waiting)}/{len(jobs)}"
-                    print(f"[{job.name}] starts ({order})", file=sys.stderr, flush=True)
-                    running.append(_Running(job, folder / "logs", stage))
-            time.sleep(0.1)
-            for process in [p for p in running if p.finished()]:
-                running.remove(process)
-                process.close()
-                done[process.job.name] = list(process.job.command)
-                write_json(record, done)
+        with until_asked("the end of the jobs' chunks") as asked:
+            while waiting or running:
+                if asked():
+                    raise StoppedError(f"with {len(waiting) + len(running)} jobs left")
+                for job in [j for j in waiting if done.keys() >= set(j.needs)]:
+                    if len(running) < workers:
+                        waiting.remove(job)
+                        order = f"{len(jobs) - len(waiting)}/{len(jobs)}"
+                        line = f"[{job.name}] starts ({order})"
+                        print(line, file=sys.stderr, flush=True)
+                        running.append(_Running(job, folder / "logs", stage))
+                time.sleep(0.1)
+                for process in [p for p in running if p.finished()]:
+                    running.remove(process)
+                    process.close()
+                    done[process.job.name] = list(process.job.command)
+                    write_json(record, done)
+    except StoppedError:
+        _stop(running)
+        raise
     finally:
         for process in running:
             process.kill()
+
+
+def _stop(running: Sequence["_Running"]) -> None:
+    """Passes SIGTERM on and waits; whoever is not done after a minute is killed."""
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not all(p.finished() for p in running):
+        time.sleep(0.1)
 
 
 def single_thread(environment: Mapping[str, str]) -> dict[str, str]:
@@ -160,6 +178,9 @@ class _Running:
                 f"{self.job.name} ended with status {self._process.returncode}; its "
                 f"output is in {self._log_path}, and the same command resumes"
             )
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
     def kill(self) -> None:
         self._process.kill()

@@ -20,7 +20,10 @@ from emfuse_jax import artifacts
 from experiments import _flags, _lock
 from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
+from experiments._stopping import EXIT_STATUS, StoppedError, until_asked
 from experiments._tables import to_plain
+
+_KEEP = 3  # of the newest checkpoints
 
 
 class Run:
@@ -52,13 +55,15 @@ class Run:
         """Writes one row of metrics."""
         self.metrics.write(step, metrics)
 
-    def save(self, step: int, tree: Any, *, score: Any = None) -> None:
-        """Writes a checkpoint.
+    def save(
+        self, step: int, tree: Any, *, score: Any = None, keep: int = _KEEP
+    ) -> None:
+        """Writes a checkpoint; the newest ``keep`` and the best one stay.
 
         `log` the step's metrics first: what is logged after the last checkpoint is cut
         when the run resumes, and a row missing before it would stay missing.
         """
-        artifacts.save(self.checkpoints, step, tree, score=score)
+        artifacts.save(self.checkpoints, step, tree, score=score, keep=keep)
         self._stages.flush()
 
     def restore(self, like: Any) -> artifacts.Restored | None:
@@ -89,6 +94,9 @@ class Run:
     ) -> Any:
         """`loops.fit` that logs, saves, shows progress, and resumes where it was killed.
 
+        Asked to stop by SIGTERM, it saves at the end of the chunk. That checkpoint is one
+        more than an uninterrupted run writes, and goes when the next one is there.
+
         Args:
             key: the run's key.
             learner: anything with ``update(key, state, batch)``.
@@ -104,6 +112,9 @@ class Run:
 
         Returns:
             The state after ``num_steps`` updates.
+
+        Raises:
+            StoppedError: after SIGTERM; it has saved.
         """
         from emfuse_jax import loops
 
@@ -114,17 +125,27 @@ class Run:
             return state
         bar = Progress(num_steps, initial=start, description=description)
 
+        def is_planned(step: int) -> bool:
+            return step in (0, num_steps) or (step // chunk) % save_every == 0
+
+        unplanned = set() if is_planned(start) else {start}
+
         def on_chunk(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
             row = dict(metrics)
-            saves = step == num_steps or (step // chunk) % save_every == 0
-            if saves and evaluate is not None:
+            planned, stops = is_planned(step), asked() and step < num_steps
+            if planned and evaluate is not None:
                 row |= evaluate(step, state)
             self.log(step, row)
-            if saves:
-                self.save(step, state, score=row.get("score"))
+            if planned or stops:
+                keep = _KEEP + len(unplanned) + (not planned)
+                self.save(step, state, score=row.get("score"), keep=keep)
+                while unplanned:
+                    artifacts.delete(self.checkpoints, unplanned.pop())
             bar.update(step, row)
+            if stops:
+                raise StoppedError(f"at step {step} of {num_steps}, which is saved")
 
-        with bar:
+        with bar, until_asked() as asked:
             options = {"data": data, "chunk": chunk, "start": start}
             return loops.fit(
                 key,
@@ -249,7 +270,8 @@ def run_main(
 
     Returns:
         The exit status: 0, or 2 for bad input, which prints one paragraph and no
-        traceback unless ``--traceback`` is given, or 130 when interrupted.
+        traceback unless ``--traceback`` is given, or 75 after SIGTERM, when what was
+        trained so far is saved, or 130 when interrupted.
     """
     from absl import flags
 
@@ -274,6 +296,9 @@ def run_main(
         print(textwrap.fill(f"error: {text}", 88, **whole), file=sys.stderr)
         print("(--traceback shows where)", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STATUS
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130

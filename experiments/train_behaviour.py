@@ -49,6 +49,7 @@ from emfuse_jax.policies.sac import SacConfig, sac
 from experiments._packaging import PACKAGING, package, snapshot_path
 from experiments._progress import Progress
 from experiments._run import Run, open_run, run_main
+from experiments._stopping import StoppedError, until_asked
 
 # The published layout clips the log standard deviation to these bounds.
 _SAC = SacConfig(log_std_bounds=(-20.0, 2.0))
@@ -182,7 +183,10 @@ def _train(
         state, step = found.tree, found.step
         envs.set_state(state.simulator)
     path = run.path / "metrics.jsonl"
-    with Progress(config.total_steps, initial=step, description=config.env) as bar:
+    with (
+        Progress(config.total_steps, initial=step, description=config.env) as bar,
+        until_asked("the next evaluation") as asked,
+    ):
         while step < config.total_steps and not chosen(
             config, artifacts.read_metrics(path)
         ):
@@ -200,6 +204,8 @@ def _train(
             run.log(step, metrics)
             run.save(step, state._replace(simulator=envs.get_state()))
             bar.update(step, {"score": metrics["stochastic_score"]})
+            if asked() and step < config.total_steps:
+                raise StoppedError(f"at step {step}, which is saved")
     return artifacts.read_metrics(path)
 
 

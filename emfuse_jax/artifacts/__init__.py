@@ -3,6 +3,7 @@
 from emfuse_jax.artifacts.checkpoint import (
     Restored,
     best_step,
+    delete,
     delete_after,
     read_meta,
     restore,
@@ -39,6 +40,7 @@ __all__ = [
     "Trained",
     "best_step",
     "build",
+    "delete",
     "delete_after",
     "describe",
     "describe_fusion",

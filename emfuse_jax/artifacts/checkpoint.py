@@ -173,6 +173,11 @@ def delete_after(path: str | os.PathLike[str], step: int) -> None:
     _delete(pathlib.Path(path), {newer for newer in steps(path) if newer > step})
 
 
+def delete(path: str | os.PathLike[str], step: int) -> None:
+    """Deletes one checkpoint, if it is there."""
+    _delete(pathlib.Path(path), {step} & set(steps(path)))
+
+
 def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
     """What was saved beside the arrays.
 
