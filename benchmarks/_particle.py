@@ -24,7 +24,7 @@ from emfuse_jax.policies.ibc import (
 )
 
 SINGLE = ChunkConfig(num_frames=1, horizon=1, execute=1)
-CHUNKS = ChunkConfig(num_frames=2, horizon=8, execute=4)
+CHUNKS = ChunkConfig(num_frames=2, horizon=8, execute=5)
 TRANSFORMER = TransformerConfig(num_layers=1, features=48, num_heads=4, mlp_ratio=2)
 HIDDEN = (128, 128)
 
@@ -139,7 +139,7 @@ IBC = IbcConfig(
     negatives="langevin",
     num_negatives=8,
     chain_steps=25,
-    num_samples=64,
+    num_samples=32,
     penalty=0.0,
     decay=0.98,
 )
@@ -187,7 +187,8 @@ def _ebt(num_steps: int) -> Method:
             train_steps=2,
             act_steps=act_steps,
             learning_rate=2e-3,
-            decay_steps=steps,
+            warmup_steps=min(100, steps // 10),
+            decay_steps=max(steps, 2),
         )
 
     def variants(policy: Policy, dims: int) -> dict[str, tuple[Any, dict]]:

@@ -11,15 +11,15 @@ time per action is measured for all in turns, in one process, at the end.
 
 All see the same features, ``[observation ‖ first goal - position ‖ second goal -
 position]``, standardised. Regression and implicit cloning act on single frames, as
-published; the transformers plan chunks and see two frames. Episodes with a push are longer,
-so unpushed ones of that length stand beside them.
+published; the transformers plan chunks and see two frames. An episode with a push is longer
+than the published 50 steps, so successes of that length without a push stand beside it.
 """
 
 import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +37,12 @@ from emfuse_jax.envs.particle import (
     collect_demonstrations,
     particle,
     particle_oracle,
+    succeeded,
 )
-from emfuse_jax.evaluation.episodes import evaluate_jittable
 from emfuse_jax.policies.chunks import chunk_environment, gather_chunks
 from experiments._run import run_main
 
+PUBLISHED_STEPS = 50
 QUESTION = (
     "How often do cloned policies reach both goals of Particle, by dimension and with a "
     "push, and what does an action cost?"
@@ -61,7 +62,7 @@ class ParticleStudyConfig:
         episodes: per evaluation.
         push_step: step of the push.
         push_distance: its length.
-        pushed_steps: length of the episodes with a push.
+        pushed_steps: length of the episodes with a push, and of those beside them.
         seed: of data, training and evaluation.
         timed_dims: the dimensions in which actions are timed.
         timed_rows: states that are acted in at once in the second timing; the first
@@ -71,7 +72,7 @@ class ParticleStudyConfig:
         output: the JSON result.
     """
 
-    dims: tuple[int, ...] = (1, 2, 4, 8, 16)
+    dims: tuple[int, ...] = (2, 8, 1, 4, 16)
     methods: tuple[str, ...] = tuple(methods.METHODS)
     demonstrations: int = 2000
     switch_distance: float = 0.01
@@ -196,31 +197,68 @@ def evaluate(
     act: Callable[..., jax.Array],
     params: Any,
 ) -> dict[str, Any]:
-    """Successes of one way to act: published episodes, longer ones, and pushed ones."""
-    long = ParticleConfig(num_dims=dims, num_steps=config.pushed_steps)
-    push = {"push_step": config.push_step, "push_distance": config.push_distance}
-    cases = {
-        "success": ParticleConfig(num_dims=dims),
-        "long": long,
-        "pushed": dataclasses.replace(long, **push),
-    }
-    result = {}
-    for name, case in cases.items():
+    """Successes of one way to act, when published episodes end and at the end of longer
+    ones, without a push and with one."""
+    execute = method.chunks.execute
+    check_lengths(config, execute)
+
+    def run(params: Any, key: jax.Array, push_distance: jax.Array) -> jax.Array:
+        case = pushed_case(config, dims, push_distance)
         env = chunk_environment(with_differences(particle(case)), method.chunks)
-        run = jax.jit(
-            lambda params, key, env=env, case=case: (
-                evaluate_jittable(
-                    key,
-                    env,
-                    lambda k, o: act(params, k, o, deterministic=method.deterministic),
-                    config.episodes,
-                    max_steps=-(-case.num_steps // method.chunks.execute),
-                ).returns
+        key_reset, key_steps = jax.random.split(key)
+        reset_keys = jax.random.split(key_reset, config.episodes)
+        state, _ = jax.vmap(env.reset)(reset_keys)
+
+        def step(step_key: jax.Array, state: Any) -> tuple[Any, jax.Array]:
+            key_act, key_env = jax.random.split(step_key)
+            observation = jax.vmap(env.observe)(state)
+            action = act(
+                params, key_act, observation, deterministic=method.deterministic
             )
+            keys = jax.random.split(key_env, config.episodes)
+            state, _ = jax.vmap(env.step)(keys, state, action)
+            return state, succeeded(case, state.inner)
+
+        steps = config.pushed_steps // execute
+        _, done = loops.scan_steps(key_steps, step, state, steps)
+        return done
+
+    run = jax.jit(run)
+    key = jax.random.key(config.seed + 2)
+    plain, pushed = (run(params, key, x) for x in (0.0, config.push_distance))
+    return cases(plain, pushed, PUBLISHED_STEPS // execute)
+
+
+def check_lengths(config: ParticleStudyConfig, execute: int) -> None:
+    """Episodes end where a chunk does."""
+    if PUBLISHED_STEPS % execute or config.pushed_steps % execute:
+        raise ValueError(
+            f"pushed_steps={config.pushed_steps} and {PUBLISHED_STEPS} must be multiples "
+            f"of the {execute} steps that a chunk executes"
         )
-        returns = np.asarray(run(params, jax.random.key(config.seed + 2)))
-        result[name] = proportion(round(float(returns.sum())), len(returns))
-    return result
+
+
+def pushed_case(
+    config: ParticleStudyConfig, dims: int, push_distance: Any
+) -> ParticleConfig:
+    """Longer episodes with a push of any length, 0 for none."""
+    return ParticleConfig(
+        num_dims=dims,
+        num_steps=config.pushed_steps,
+        push_step=config.push_step,
+        push_distance=push_distance,
+    )
+
+
+def cases(plain: Any, pushed: Any, published: int) -> dict[str, Any]:
+    """Shares of ``[step, episode]`` successes: after the published length, at the end, and
+    at the end of the pushed ones."""
+    rows = {
+        "success": plain[published - 1],
+        "long": plain[-1],
+        "pushed": pushed[-1],
+    }
+    return {name: proportion(int(row.sum()), len(row)) for name, row in rows.items()}
 
 
 def proportion(successes: int, trials: int) -> dict[str, Any]:
@@ -237,27 +275,23 @@ def proportion(successes: int, trials: int) -> dict[str, Any]:
 
 
 def oracle_success(config: ParticleStudyConfig, dims: int) -> dict[str, Any]:
-    """What the scripted policy reaches, in the same three cases."""
-    long = ParticleConfig(num_dims=dims, num_steps=config.pushed_steps)
-    push = {"push_step": config.push_step, "push_distance": config.push_distance}
-    cases = {
-        "success": ParticleConfig(num_dims=dims),
-        "long": long,
-        "pushed": dataclasses.replace(long, **push),
-    }
+    """What the scripted policy reaches, in the same cases."""
     oracle = particle_oracle(switch_distance=config.switch_distance)
-    result = {}
-    for name, case in cases.items():
-        run = jax.jit(
-            lambda key, case=case: (
+
+    def run(case: ParticleConfig) -> jax.Array:
+        collect = jax.jit(
+            lambda key: (
                 collect_demonstrations(
                     key, case, config.episodes, oracle=oracle
                 ).succeeded
             )
         )
-        done = np.asarray(run(jax.random.key(config.seed + 2)))
-        result[name] = proportion(int(done.sum()), len(done))
-    return result
+        return collect(jax.random.key(config.seed + 2))
+
+    long = pushed_case(config, dims, 0.0)
+    pushed = pushed_case(config, dims, config.push_distance)
+    short = ParticleConfig(num_dims=dims, num_steps=PUBLISHED_STEPS)
+    return cases([run(short), run(long)], [run(pushed)], 1)
 
 
 def part(config: ParticleStudyConfig, name: str, dims: int) -> dict[str, Any]:
@@ -329,7 +363,7 @@ def time_actions(config: ParticleStudyConfig) -> dict[str, Any]:
     return results
 
 
-def study(config: ParticleStudyConfig) -> dict[str, Any]:
+def main(config: ParticleStudyConfig) -> dict[str, Any]:
     """Everything, and the JSON."""
     unknown = [name for name in config.methods if name not in methods.METHODS]
     if unknown or config.episodes < 1:
@@ -347,10 +381,5 @@ def study(config: ParticleStudyConfig) -> dict[str, Any]:
     return timing.write(config.output, QUESTION, config, {}, results)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    return run_main(study, ParticleStudyConfig, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, ParticleStudyConfig))

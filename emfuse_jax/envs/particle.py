@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from emfuse_jax.base import Environment, SpaceSpec, Transition
@@ -42,7 +43,8 @@ class ParticleConfig:
         must_rest: the reward needs the point at the second goal when the time is over
             (success); False pays both visits alone.
         push_step: control step before which the point is pushed; None never pushes.
-        push_distance: how far a push moves it, in a uniformly random direction.
+        push_distance: how far a push moves it, in a uniformly random direction; may be
+            traced, so that one program serves several.
     """
 
     num_dims: int = 2
@@ -54,7 +56,7 @@ class ParticleConfig:
     tolerance: float = 0.05
     must_rest: bool = True
     push_step: int | None = None
-    push_distance: float = 0.3
+    push_distance: ArrayLike = 0.3
 
     def __post_init__(self) -> None:
         for name in ("num_dims", "num_steps", "action_repeat"):
@@ -191,7 +193,7 @@ def _visit(
     )
 
 
-def _push(key: jax.Array, position: jax.Array, distance: float) -> jax.Array:
+def _push(key: jax.Array, position: jax.Array, distance: ArrayLike) -> jax.Array:
     """Moved by ``distance``, and back into the unit cube where that leads outside."""
     direction = jax.random.normal(key, position.shape)
     direction /= jnp.linalg.norm(direction, axis=-1, keepdims=True)
