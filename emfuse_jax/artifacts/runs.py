@@ -56,6 +56,7 @@ def _policy(module: str, config_name: str, factory_name: str) -> Kind:
 KINDS = {
     "adetm": Kind("emfuse_jax.dynamics", "AdetmConfig", "adetm"),
     "etm": Kind("emfuse_jax.dynamics", "EtmConfig", "etm"),
+    "mcetm": Kind("emfuse_jax.dynamics", "McetmConfig", "mcetm"),
     "ensemble": Kind("emfuse_jax.dynamics", "EnsembleConfig", "gaussian_ensemble"),
     "sac": _policy("sac", "SacConfig", "sac"),
     "bc": _policy("bc", "BcConfig", "bc"),

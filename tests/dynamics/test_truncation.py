@@ -153,21 +153,22 @@ def test_the_share_of_rows_above_the_threshold_is_nominal():
 
 
 CLIFF, DISCOUNT, HORIZON = -10.0, 0.9, 60
-POLICIES = {
-    "right": lambda key, s: jnp.ones_like(s),
-    "left": lambda key, s: -jnp.ones_like(s),
-    "stay": lambda key, s: -5.0 * s,
-    "drift": lambda key, s: jnp.full_like(s, 0.3),
-}
+POLICIES = {"right": (0.0, 1.0), "left": (0.0, -1.0), "stay": (-5.0, 0.0)}
+POLICIES |= {"drift": (0.0, 0.3), "oscillate": (5.0, -0.2)}
+"""Gain and bias: linear policies, one compiled program."""
 
 
-def true_return(policy, key, start):
+def act_by(gains):
+    return lambda key, state: jnp.clip(gains[0] * state + gains[1], -1.0, 1.0)
+
+
+def true_return(policy, start):
     """Beyond |s| = 1 is a cliff: -10 a step for ever. Inside a step pays ``s``."""
 
     def step(carry, time):
         state, fallen = carry
         fallen = fallen | (jnp.abs(state[:, 0]) > 1.0)
-        action = jnp.clip(policy(jax.random.fold_in(key, time), state), -1.0, 1.0)
+        action = policy(None, state)
         reward = jnp.where(fallen, CLIFF, state[:, 0])
         return (state + STEP * action, fallen), DISCOUNT**time * reward
 
@@ -184,15 +185,13 @@ def test_pessimistic_values_stay_below_true_ones_and_rollouts_end_at_the_edge(
     start = jnp.linspace(-0.45, 0.45, 10)  # no step ends on the edge itself
     model = min_energy_model(build, PICK, calibration=calibration, model="abc")
 
-    def run(policy, threshold):
-        def clipped(key, state):
-            return jnp.clip(policy(key, state), -1.0, 1.0)
-
+    @jax.jit
+    def run(gains, threshold):
         return rollout(
             {},
             jax.random.key(1),
             model,
-            clipped,
+            act_by(gains),
             at(start),
             HORIZON,
             terminated_fn=lambda s, a, n: jnp.zeros(s.shape[:-1], bool),
@@ -206,9 +205,9 @@ def test_pessimistic_values_stay_below_true_ones_and_rollouts_end_at_the_edge(
         paid = jnp.where(steps.valid, steps.transition.reward, 0.0)
         return jnp.sum(discount * paid, axis=0)
 
-    for name, policy in POLICIES.items():
-        steps = jax.jit(lambda t, policy=policy: run(policy, t))(calibration.threshold)
-        pessimistic, true = value(steps), true_return(policy, jax.random.key(1), start)
+    for name, gains in POLICIES.items():
+        steps = run(jnp.array(gains), calibration.threshold)
+        pessimistic, true = value(steps), true_return(act_by(gains), start)
         assert (np.asarray(pessimistic) <= np.asarray(true) + 0.05).all(), name
         if name in ("right", "left"):
             last = np.sum(np.asarray(steps.valid), axis=0) - 1
@@ -216,6 +215,6 @@ def test_pessimistic_values_stay_below_true_ones_and_rollouts_end_at_the_edge(
             assert (np.abs(last - np.asarray(edge)) <= 1).all()
             assert np.asarray(steps.transition.terminated)[last, np.arange(10)].all()
     # Without truncation the model walks on and is paid for it.
-    free = value(jax.jit(lambda: run(POLICIES["right"], jnp.inf))())
-    true = true_return(POLICIES["right"], jax.random.key(1), start)
+    free = value(run(jnp.array(POLICIES["right"]), jnp.inf))
+    true = true_return(act_by(POLICIES["right"]), start)
     assert (np.asarray(free) > np.asarray(true) + 1.0).all()
