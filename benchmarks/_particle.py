@@ -1,6 +1,7 @@
 """The methods of the Particle study: how each is trained, and the ways in which it acts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from emfuse_jax import loops
 from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
 from emfuse_jax.data import normalizer as normalization
 from emfuse_jax.data.normalizer import Normalizer
+from emfuse_jax.nets.energy import conditional_energy
 from emfuse_jax.nets.mlp import mlp
 from emfuse_jax.nets.transformer import TransformerConfig, transformer_denoiser
 from emfuse_jax.policies.chunks import ChunkConfig, chunk_spec
@@ -70,10 +73,14 @@ class RegressionState(NamedTuple):
 
 
 def regression(
-    spec: SpaceSpec, num_steps: int, *, hidden_sizes: tuple[int, ...] = HIDDEN
+    spec: SpaceSpec,
+    num_steps: int,
+    *,
+    hidden_sizes: tuple[int, ...] = HIDDEN,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> Policy:
     """The explicit policy: least squares of the recorded actions."""
-    network = mlp(spec.action_size, hidden_sizes, activation=jax.nn.silu)
+    network = mlp(spec.action_size, hidden_sizes, activation=activation)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
 
     def predict(
@@ -143,7 +150,7 @@ IBC = IbcConfig(
     penalty=0.0,
     decay=0.98,
 )
-SEARCH = dataclasses.replace(IBC, inference="derivative_free", num_samples=1024)
+SEARCH = dataclasses.replace(IBC, inference="derivative_free", num_samples=256)
 
 
 def _ibc(num_steps: int) -> Method:
@@ -245,9 +252,69 @@ def _diffusion(num_steps: int) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "mse": _regression(SINGLE, 10_000),
-    "mse_chunks": _regression(CHUNKS, 10_000),
+    "mse": _regression(SINGLE, 8000),
+    "mse_chunks": _regression(CHUNKS, 8000),
     "ibc": _ibc(3000),
-    "ebt": _ebt(3000),
-    "diffusion": _diffusion(4000),
+    "ebt": _ebt(1200),
+    "diffusion": _diffusion(2400),
 }
+
+
+def step_function(*, num_steps: int = 1500, seed: int = 0) -> dict[str, Any]:
+    """An expert that jumps: -0.6 left of 0.5, else 0.6, at 500 points.
+
+    Where the energy's argmin and the regression answer in between, and where they jump, on
+    401 inputs. The points leave a gap at the jump, in which it may lie anywhere.
+    """
+    spec = SpaceSpec(1, 1)
+    key_data, key_init, key_fit = jax.random.split(jax.random.key(seed), 3)
+    inputs = jax.random.uniform(key_data, (500, 1))
+    targets = jnp.where(inputs < 0.5, -0.6, 0.6)
+    sizes = (64, 64, 64)
+    config = IbcConfig(
+        negatives="uniform", num_negatives=32, penalty=0.0, decay=1.0, num_samples=1
+    )
+    network = conditional_energy(sizes, activation=jax.nn.relu)
+    policies = {
+        "energy": ibc(config, spec, network=network),
+        "regression": regression(
+            spec, num_steps, hidden_sizes=sizes, activation=jax.nn.relu
+        ),
+    }
+
+    def sample(key: jax.Array, data: Any) -> Transition:
+        x, y = (leaf[jax.random.randint(key, (128,), 0, 500)] for leaf in data)
+        false = jnp.zeros(128, bool)
+        return Transition(x, y, x[:, 0], x, false, false)
+
+    grid = jnp.linspace(0.0, 1.0, 401)[:, None]
+    actions = jnp.linspace(-1.0, 1.0, 1001)
+    points = jnp.sort(inputs[:, 0])
+    left = float(points[points < 0.5].max())
+    right = float(points[points >= 0.5].min())
+    results: dict[str, Any] = {"gap_in_the_data": [left, right]}
+    for name, policy in policies.items():
+        normalizer = normalization.fit_normalizer(inputs)
+        state = policy.init(key_init, normalizer=normalizer)
+        fit = functools.partial(
+            loops.fit, key_fit, policy, sample_batch=sample, num_steps=num_steps
+        )
+        state, _ = jax.jit(lambda s, d, fit=fit: fit(s, data=d, chunk=num_steps))(
+            state, (inputs, targets)
+        )
+        if policy.energy is None:
+            answer = policy.act(state.params, key_fit, grid)[:, 0]
+        else:
+            rows = jnp.broadcast_to(grid[:, None], (401, 1001, 1))
+            energy = policy.energy(
+                state.params,
+                rows.reshape(-1, 1),
+                jnp.tile(actions, 401)[:, None],
+            )
+            answer = actions[jnp.argmin(energy.reshape(401, 1001), axis=1)]
+        jumps = jnp.flatnonzero(jnp.diff(jnp.sign(answer)) != 0)
+        results[name] = {
+            "intermediate_share": float(jnp.mean(jnp.abs(answer) < 0.5)),
+            "jumps_at": [float(grid[i, 0]) for i in jumps],
+        }
+    return results

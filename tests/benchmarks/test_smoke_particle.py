@@ -20,8 +20,9 @@ def argv(tmp_path_factory):
         "--dims=1",
         "--methods=mse",
         "--demonstrations=8",
-        "--scale=0.002",
+        "--scale=0.0025",
         "--episodes=20",
+        "--step_function=false",
         f"--work={folder / 'parts'}",
         f"--output={folder / 'particle.json'}",
     ]
