@@ -28,6 +28,7 @@ from emfuse_jax.data import (
 )
 from emfuse_jax.data.normalizer import fit_normalizer
 from emfuse_jax.policies.chunks import ChunkConfig, chunk_spec, gather_chunks
+from emfuse_jax.policies.ibc import action_box
 from experiments import _policy_run
 from experiments._measure import require
 from experiments._methods import VALUED, own_config
@@ -165,12 +166,17 @@ def _fit(
 def initial_state(
     policy: Policy, key: jax.Array, dataset: Dataset, plan: ChunkConfig = ONE_STEP
 ) -> Any:
-    """``policy.init``, with a normaliser of the data's observations where it takes one."""
-    if "normalizer" not in inspect.signature(policy.init).parameters:
-        return policy.init(key)
-    rows = jnp.arange(dataset.age.shape[0])
-    frames = gather_chunks(dataset, rows, plan).observation
-    return policy.init(key, normalizer=fit_normalizer(frames))
+    """``policy.init``, with a normaliser of the data's observations and the box of its
+    actions where it takes them."""
+    takes = inspect.signature(policy.init).parameters
+    options: dict[str, Any] = {}
+    if "normalizer" in takes:
+        rows = jnp.arange(dataset.age.shape[0])
+        chunks = gather_chunks(dataset, rows, plan)
+        options["normalizer"] = fit_normalizer(chunks.observation)
+        if "box" in takes:
+            options["box"] = action_box(chunks.action)
+    return policy.init(key, **options)
 
 
 def scale_rewards(dataset: Dataset, return_range: float | None) -> Dataset:
