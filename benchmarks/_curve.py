@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
     rows: int = 2000
     profiles: int = 20
-    sampled: int = 16
+    sampled: int = 32
     chains: int = 128
     chain_steps: int = 300
 

@@ -129,3 +129,13 @@ def text_table(
             cells += f"{cell['estimate']:>8.3f} ±{half:.3f}"
         lines.append(f"{method:<{width}}{cells}")
     return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+    """A JSON value with five digits of every number with a fraction: results are text in a
+    repository, and nothing here is known better."""
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
