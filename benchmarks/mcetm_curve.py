@@ -29,7 +29,7 @@ from emfuse_jax.dynamics.mcetm import mcetm, near_manifold
 from experiments._progress import Progress
 from experiments._run import run_main
 
-MCETM = McetmConfig(num_steps=5_000, head_phase=0.25, batch_size=64)
+MCETM = McetmConfig(num_steps=5_000, head_phase=0.25, batch_size=64, manifold_rows=64)
 CANDIDATES = CandidateConfig()
 
 
@@ -165,6 +165,7 @@ def study(config: CurveConfig) -> dict[str, Any]:
             autoencoder_sizes=(8,),
             batch_size=16,
             energy_rows=8,
+            manifold_rows=8,
         )
         config = dataclasses.replace(
             config,

@@ -108,7 +108,9 @@ class Parts(NamedTuple):
         half = 0.5 * jnp.sum(jnp.square(residual), axis=-1)
         return half if self.with_head else jnp.zeros_like(half)
 
-    def tilt(self, params: Params, feature: jax.Array, residual: jax.Array):
+    def tilt(
+        self, params: Params, feature: jax.Array, residual: jax.Array
+    ) -> jax.Array:
         """The learned part of the energy."""
         projected = self.forward.prepare(params, feature)
         return self.forward.tilt(params, projected, residual)
@@ -170,14 +172,14 @@ def manifold_loss(parts: Parts, own_loss: LossFn) -> LossFn:
         magnitude = energy_magnitude(positive, elsewhere.T)
         near = jnp.zeros(())
         if config.manifold_weight:
-            negative = parts.negatives(params, key_chain, rows).visible
-            scale, _ = parts.scaled(params, rows)
-            energies = parts.conditional(params, encoded, scale)(negative)
-            near = jnp.mean(
-                contrastive_divergence(
-                    positive + parts.quadratic(residual), energies[..., None]
-                )
+            own = (positive + parts.quadratic(residual))[: config.manifold_rows]
+            few, encoded = jax.tree.map(
+                lambda leaf: leaf[: config.manifold_rows], (rows, encoded)
             )
+            negative = parts.negatives(params, key_chain, few).visible
+            scale, _ = parts.scaled(params, few)
+            energies = parts.conditional(params, encoded, scale)(negative)
+            near = jnp.mean(contrastive_divergence(own, energies[..., None]))
         return near, jnp.mean(cross), jnp.mean(magnitude)
 
     def loss(
@@ -185,8 +187,8 @@ def manifold_loss(parts: Parts, own_loss: LossFn) -> LossFn:
     ) -> tuple[jax.Array, Metrics]:
         key_own, key_code, key_terms = jax.random.split(key, 3)
         own, metrics = own_loss(params, key_own, rows, step)
-        reconstruction = _reconstruction(parts, params, key_code, rows)
         some = jax.tree.map(lambda leaf: leaf[: config.energy_rows], rows)
+        reconstruction = _reconstruction(parts, params, key_code, some)
         near, cross, magnitude = jax.lax.cond(
             step >= first,
             lambda p: terms(p, key_terms, some),

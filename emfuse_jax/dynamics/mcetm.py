@@ -51,6 +51,8 @@ class McetmConfig(EtmConfig):
 
     Attributes:
         energy_sizes: hidden layers of the energy.
+        head_phase: part of ``num_steps`` in which the head and the autoencoder train
+            alone; a step of the energy costs several of theirs.
         latent_size: dimension of the code; 0 is half of the target's, rounded up.
         autoencoder_sizes: hidden layers of the encoder, reversed in the decoder.
         code_jitter: noise on the code while the autoencoder trains, codes in [-1, 1].
@@ -61,6 +63,7 @@ class McetmConfig(EtmConfig):
             alone say nothing about the directions off the manifold.
         visible_step: their step size, in scaled targets.
         manifold_weight: of the near-manifold negatives; 0 leaves them out.
+        manifold_rows: rows of the batch that have one each.
         num_cross: neighbours of ``(s, a)`` per row.
         cross_scales: widths of the neighbourhoods, in standard deviations of the data.
         cross_weight: of the cross negatives.
@@ -68,6 +71,7 @@ class McetmConfig(EtmConfig):
     """
 
     energy_sizes: tuple[int, ...] = (128, 128)
+    head_phase: float = 0.8
     latent_size: int = 0
     autoencoder_sizes: tuple[int, ...] = (128, 128)
     code_jitter: float = 0.02
@@ -77,6 +81,7 @@ class McetmConfig(EtmConfig):
     visible_steps: int = 5
     visible_step: float = 1e-3
     manifold_weight: float = 0.1
+    manifold_rows: int = 16
     num_cross: int = 4
     cross_scales: tuple[float, ...] = (0.1, 0.5, 2.0)
     cross_weight: float = 1.0
@@ -99,6 +104,11 @@ class McetmConfig(EtmConfig):
                 f"num_cross={self.num_cross} must be at least 1 and cross_scales="
                 f"{self.cross_scales} positive: without neighbours of (s, a) energies "
                 "cannot be compared between states"
+            )
+        if not 1 <= self.manifold_rows <= self.energy_rows:
+            raise ValueError(
+                f"manifold_rows={self.manifold_rows} must be between 1 and energy_rows="
+                f"{self.energy_rows}"
             )
         for name in ("manifold_weight", "cross_weight", "magnitude_weight"):
             if getattr(self, name) < 0.0:

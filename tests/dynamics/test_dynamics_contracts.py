@@ -41,7 +41,9 @@ def build(name):
         return gaussian_ensemble(EnsembleConfig(num_members=2, hidden_sizes=(8,)), SPEC)
     recipe = CHAINS if name.endswith("langevin") else {}
     if name == "mcetm":
-        return mcetm(McetmConfig(**SMALL, autoencoder_sizes=(8,)), SPEC)
+        return mcetm(
+            McetmConfig(**SMALL, manifold_rows=4, autoencoder_sizes=(8,)), SPEC
+        )
     if name.startswith("etm"):
         return etm(EtmConfig(**SMALL, **recipe), SPEC)
     return adetm(AdetmConfig(**SMALL, **SLICES, **recipe), SPEC)

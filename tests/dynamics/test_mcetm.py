@@ -30,6 +30,7 @@ TINY = McetmConfig(
     autoencoder_sizes=(8,),
     batch_size=16,
     energy_rows=8,
+    manifold_rows=4,
     num_steps=10,
     head_phase=0.5,
 )
@@ -165,6 +166,7 @@ def test_autoencoder_bounds_its_code_and_refuses_one_that_is_no_manifold():
         ({"cross_scales": (0.0,)}, "cannot be compared between states"),
         ({"num_cross": 0}, "num_cross=0 must be at least 1"),
         ({"code_noise": (0.5, 0.1)}, "expected \\(smallest, largest\\)"),
+        ({"manifold_rows": 65}, "between 1 and energy_rows=64"),
         ({"magnitude_weight": -1.0}, "magnitude_weight=-1.0 must not be negative"),
     ],
 )

@@ -154,7 +154,7 @@ def test_the_share_of_rows_above_the_threshold_is_nominal():
 
 CLIFF, DISCOUNT, HORIZON = -10.0, 0.9, 60
 POLICIES = {"right": (0.0, 1.0), "left": (0.0, -1.0), "stay": (-5.0, 0.0)}
-POLICIES |= {"drift": (0.0, 0.3), "oscillate": (5.0, -0.2)}
+POLICIES |= {"drift": (0.0, 0.3), "flee": (-2.0, -0.4)}
 """Gain and bias: linear policies, one compiled program."""
 
 

@@ -14,6 +14,7 @@ from experiments._truncation import candidates_fn, read_calibration
 MODEL = (
     *("--model=mcetm", "--mcetm.energy_sizes=8", "--mcetm.head_sizes=8"),
     *("--mcetm.autoencoder_sizes=8", "--mcetm.batch_size=16", "--mcetm.energy_rows=8"),
+    "--mcetm.manifold_rows=4",
     *("--mcetm.num_steps=10", "--chunk=10", "--save_every=1", "--quantile=0.9"),
     *("--candidates.num_candidates=2", "--candidates.sampling.num_steps=2"),
 )
