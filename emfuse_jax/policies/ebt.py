@@ -112,7 +112,7 @@ class EbtConfig:
     truncate: bool = False
     num_starts: int = 1
     start_noise: tuple[float, float] = (1.0, 1.0)
-    noise: tuple[float, float] = (0.0, 0.0)
+    noise: tuple[float, float] = (0.2, 0.002)
     normalize: Literal["none", "sample", "batch"] = "none"
     energy_scaled: bool = False
     act_steps: int = 10
@@ -150,6 +150,11 @@ class EbtConfig:
         if min(self.noise) < 0 or not self.tolerance >= 0:
             raise ValueError(
                 f"noise={self.noise} and tolerance={self.tolerance} must be at least 0"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps={self.decay_steps} must exceed warmup_steps="
+                f"{self.warmup_steps}, which it includes"
             )
         # The rest is refused by the descent itself.
         descent(
@@ -348,17 +353,18 @@ def ebt_refine(
             config.act_steps,
             tolerance=config.tolerance,
         )
+        action = jnp.clip(end.position, -1.0, 1.0)
+        every = Refinement(action, energy_fn(action), *end[2:])
         if num_candidates == 1:
-            end = jax.tree.map(lambda leaf: leaf[0], end)
-            return Refinement(jnp.clip(end.position, -1.0, 1.0), *end[1:])
-        best = jnp.argmin(jnp.where(jnp.isnan(end.energy), jnp.inf, end.energy), axis=0)
+            return jax.tree.map(lambda leaf: leaf[0], every)
+        finite = jnp.where(jnp.isnan(every.energy), jnp.inf, every.energy)
+        best = jnp.argmin(finite, axis=0)
 
         def pick(leaf: jax.Array) -> jax.Array:
             index = best.reshape((1, *best.shape) + (1,) * (leaf.ndim - best.ndim - 1))
             return jnp.take_along_axis(leaf, index, axis=0)[0]
 
-        end = jax.tree.map(pick, end)
-        return Refinement(jnp.clip(end.position, -1.0, 1.0), *end[1:])
+        return jax.tree.map(pick, every)
 
     return refine
 
@@ -421,7 +427,7 @@ def _training_start(
     The draws compete by their ends, at the nominal step size and without noise; no
     derivative is taken of that.
     """
-    key_noise, key_level = jax.random.split(key)
+    key_noise, key_level, key_descent = jax.random.split(key, 3)
     noise = jax.random.normal(key_noise, (config.num_starts, *action.shape))
     low, high = config.start_noise
     if low < 1.0:
@@ -433,7 +439,7 @@ def _training_start(
     sampler = _sampler(config, energy_fn, config.step_size, action.shape[-1])
 
     def end(start: jax.Array) -> jax.Array:
-        return run_sampler(key_noise, sampler, start, config.train_steps)[0].position
+        return run_sampler(key_descent, sampler, start, config.train_steps)[0].position
 
     error = jnp.sum(jnp.square(jax.vmap(end)(noise) - action[None]), axis=-1)
     best = jnp.argmin(jax.lax.stop_gradient(error), axis=0)

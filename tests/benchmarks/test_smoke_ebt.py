@@ -1,0 +1,36 @@
+"""The pieces of the energy policy's benchmark: what it trains, scores and steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import ebt as benchmark
+
+CONFIG = benchmark.EbtBenchmarkConfig(**benchmark.SMOKE)
+
+
+def test_the_published_recipe_is_that_of_the_paper():
+    recipe = benchmark.published(CONFIG, 100)
+    assert (recipe.train_steps, recipe.extra_steps, recipe.momentum) == (6, 4, 0.9)
+    assert (recipe.noise, recipe.step_size_spread) == ((0.2, 0.002), 1.5)
+    assert (recipe.detach, recipe.truncate, recipe.start_noise) == (True, False, (1, 1))
+
+
+def test_tasks_are_the_laws_that_they_say():
+    batch = benchmark.two_modes(jax.random.key(0), 4000)
+    side = batch.action - 0.5 * jnp.sin(3 * batch.observation)
+    np.testing.assert_allclose(np.abs(side), benchmark.MODE, rtol=1e-5)
+    assert abs(float(jnp.mean(side > 0)) - 0.5) < 4 * 0.5 / np.sqrt(4000)
+
+
+def test_ranks_are_counted_as_the_definition_says():
+    low, high = jnp.array([1.0, 2.0, 5.0]), jnp.array([2.0, 3.0])
+    # 1 is below both, 2 below one (a tie does not count), 5 below none.
+    assert benchmark._auc(low, high) == pytest.approx(3 / 6)
+
+
+def test_an_unknown_task_is_refused():
+    config = benchmark.EbtBenchmarkConfig(tasks=("walker",))
+    with pytest.raises(ValueError, match="walker"):
+        benchmark.study(config)
