@@ -66,16 +66,32 @@ def is_private(name: str) -> bool:
     return any(part.startswith("_") for part in name.split("."))
 
 
+def shown_by_a_module(name: str) -> set[int]:
+    """Ids of what the modules of a package bring out by their ``__all__``: a module's
+    page shows all of that, wherever it was defined."""
+    modules = [
+        (child, importlib.import_module(child)) for child in public_modules(name)
+    ]
+    return {
+        id(getattr(module, own))
+        for child, module in modules
+        if hasattr(module, "__all__") and not hasattr(module, "__path__")
+        for own in exported(child)
+    }
+
+
 def from_private(name: str) -> list[str]:
-    """What a package exports of its private modules: on no module's own page."""
+    """What a package exports of its private modules and no module's page shows."""
     module = importlib.import_module(name)
     values = {key: getattr(module, key) for key in exported(name)}
+    shown = shown_by_a_module(name)
     return [
         key
         for key, value in values.items()
         if (inspect.isclass(value) or inspect.isfunction(value))
         and value.__module__.startswith(f"{name}.")
         and is_private(value.__module__)
+        and id(value) not in shown
     ]
 
 
