@@ -1,7 +1,11 @@
 r"""Is MC-ETM as good a model of Hopper as ETM and ADETM for equal CPU time, and with a tenth
 of the data?
 
-    python -m benchmarks.mcetm_hopper --data=hopper.hdf5 --other=hopper_late.hdf5
+    python -m experiments.collect_data --env=hopper --policy=hopper_medium \
+        --steps=25000 --out=hopper.hdf5
+    python -m experiments.collect_data --env=hopper --policy=random --steps=6000 \
+        --out=random.hdf5
+    python -m benchmarks.mcetm_hopper --data=hopper.hdf5 --other=random.hdf5
 
 Per seed and share of the data it trains one model of each kind for ``--seconds`` of CPU time
 (one thread; `benchmarks.model_quality` has the protocol) and measures open-loop errors
@@ -112,7 +116,8 @@ def measure(kind: str, model: Model, domains: Any, unit: Any) -> dict[str, Any]:
 def study(config: HopperConfig) -> list[dict[str, Any]]:
     """Trains and measures; writes the JSON after every model."""
     require(config, "data", "other")
-    domains = load_domains([config.data, config.other], min_length=LAGS)
+    domains = load_domains([config.data], min_length=LAGS)
+    domains += load_domains([config.other], min_length=1)
     unit = pooled_unit(domains[:1])
     rows: list[dict[str, Any]] = []
     for seed in config.seeds:
