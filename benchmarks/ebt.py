@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _timing as timing
+from benchmarks._ebt_figure import draw, landscape
 from emfuse_jax import loops
 from emfuse_jax.base import Policy, SpaceSpec, Transition
 from emfuse_jax.data import fit_normalizer, make_dataset
@@ -65,6 +66,7 @@ class EbtBenchmarkConfig:
         repeats: rounds of the timing.
         threads: cores to use.
         output: the JSON file to write.
+        figure: the PNG of two modes: energies, sampled actions over them; empty: none.
         smoke: tiny sizes, to see that everything runs.
     """
 
@@ -91,6 +93,7 @@ class EbtBenchmarkConfig:
     repeats: int = 7
     threads: int = 1
     output: str = "benchmarks/results/ebt.json"
+    figure: str = ""
     smoke: bool = False
 
 
@@ -264,7 +267,7 @@ def two_mode_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
         "published": ebt_policy(published(config, steps, act_steps=20), TOY),
         "diffusion": denoising(config, TOY, config.diffusion_steps[0]),
     }
-    rows = {}
+    rows, panels = {}, {}
     for name, policy in policies.items():
         params, facts = train(config, policy, _sampler(config, two_modes), steps, name)
         act = jax.jit(jax.vmap(policy.act, (0, None, None)))
@@ -276,6 +279,11 @@ def two_mode_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
             "between": _per_seed(np.abs(side) < MODE / 2),
             "training": facts,
         }
+        own = jax.tree.map(lambda leaf: leaf[0], params)
+        picture = landscape(policy.energy, own)
+        panels[name] = picture, held_out.observation[:400], action[0, :400]
+    if config.figure:
+        draw(config.figure, panels)
     return rows
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ebt as benchmark
+from benchmarks._ebt_figure import draw, landscape
 
 CONFIG = benchmark.EbtBenchmarkConfig(**benchmark.SMOKE)
 
@@ -28,6 +29,19 @@ def test_ranks_are_counted_as_the_definition_says():
     low, high = jnp.array([1.0, 2.0, 5.0]), jnp.array([2.0, 3.0])
     # 1 is below both, 2 below one (a tie does not count), 5 below none.
     assert benchmark._auc(low, high) == pytest.approx(3 / 6)
+
+
+def test_energies_are_drawn_with_the_actions_over_them(tmp_path):
+    def energy(params, observation, action):
+        return params + jnp.square(action - observation)[..., 0] + observation[..., 0]
+
+    values = landscape(energy, 3.0)
+    assert np.argmin(values, axis=0).tolist() == list(range(len(values)))
+    assert np.all(values.min(axis=0) == 0.0)  # whatever each observation's constant
+    dots = jnp.zeros((3, 1))
+    panels = {"one": (values, dots, dots), "no energy": (None, dots, dots)}
+    assert draw(tmp_path / "new" / "modes.png", panels).stat().st_size > 1000
+    assert landscape(None, None) is None
 
 
 def test_an_unknown_task_is_refused():
