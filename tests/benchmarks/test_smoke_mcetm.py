@@ -42,7 +42,7 @@ def exact_expert():
 
 def test_the_exact_energy_reaches_the_ideal_numbers():
     model = transition_model(exact_expert(), SamplingConfig(num_steps=0))
-    sizes = _curve.Sizes(rows=1000, profiles=8)
+    sizes = _curve.Sizes(rows=500, profiles=4)
     found = _curve._shape(model, sizes)({}, jax.random.key(0))
     assert float(found["monotone"]) > 0.95
     # 1 - exp(-δ²/2τ²)/√2 = 0.969, and P(|z| < 2.5) = 0.9876, at δ = 0.05.

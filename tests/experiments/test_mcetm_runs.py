@@ -57,7 +57,7 @@ def test_another_sampler_is_refused_by_name_before_anything_is_written(
     argv = ["train_policy", f"--model={run}", "--env=hopper", *CUT]
     argv += [f"--run_dir={tmp_path / 'policy'}", "--candidates.num_candidates=3"]
     assert train_policy.main(argv) != 0
-    error = capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())  # lines are wrapped
     assert "num_candidates=2, this sampler has num_candidates=3" in error
     assert not (tmp_path / "policy").exists()
 
