@@ -81,14 +81,14 @@ def tables():
 
 def test_contrastive_energies_are_exact_with_many_actions_or_split_with_few(tables):
     truth = exact("exp")
-    assert np.abs(tables["split"] - truth).max() < 0.1
+    assert np.abs(tables["split"] - truth).max() < 0.08
     assert np.abs(tables["many"] - truth).max() < 0.1
     assert np.abs(tables["few"] - truth).max() > 0.12  # it stands in its normaliser
 
 
 def test_regression_learns_the_mean_value_and_not_the_energy(tables):
-    assert np.abs(tables["regression"] - exact("mean")).max() < 0.2
-    assert np.abs(tables["regression"] - exact("exp")).max() > 0.25
+    assert np.abs(tables["regression"] - exact("mean")).max() < 0.05
+    assert np.abs(tables["regression"] - exact("exp")).max() > 0.12
 
 
 @pytest.mark.parametrize("loss_fn", [contrastive_energy_loss, split_energy_loss])
