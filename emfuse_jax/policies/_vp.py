@@ -98,8 +98,9 @@ def dpm_solver(
 
     Example:
         >>> noise_fn = lambda x, time: alpha_sigma(time)[1][..., None] * x  # of N(0, I)
-        >>> dpm_solver(noise_fn, jnp.array([0.3, -1.2]), num_steps=40).round(1).tolist()
-        [0.3, -1.2]
+        >>> action = dpm_solver(noise_fn, jnp.array([0.3, -1.2]), num_steps=40)
+        >>> [f"{x:.1f}" for x in action]
+        ['0.3', '-1.2']
     """
     if num_steps < 1:
         raise ValueError(
