@@ -189,41 +189,10 @@ def aepo(
             advantage_square=jnp.zeros(()),
         )
 
-    def update(
-        key: jax.Array, state: AepoState, batch: Transition
-    ) -> tuple[AepoState, Metrics]:
-        key_behaviour, key_critics, key_time, key_noise = jax.random.split(key, 4)
-        new_behaviour, learned = behaviour.update(key_behaviour, state.behaviour, batch)
-        normal = normalized(new_behaviour.params.normalizer, batch)
-        new_critics, metrics = critics.update(key_critics, state.critics, normal)
-
-        action = batch.action
-        time = draw_times(key_time, action.shape[:-1], config.behaviour.min_time)
-        noisy = _vp.diffuse(action, jax.random.normal(key_noise, action.shape), time)
-        params = AepoParams(new_behaviour.params, new_critics.params, state.average)
-        noise = model.noise(params, batch.observation, noisy, time)
-        mean = _vp.predicted_action(noisy, noise, time)
-        moments = _analytic.update_moments(
-            state.moments, action, noise, mean, time, rate=config.moment_rate
-        )
-
-        advantage = critics.q(
-            new_critics.params, normal.observation, action
-        ) - critics.value(new_critics.params, normal.observation)
-        rate = jnp.maximum(config.moment_rate, 1.0 / (state.step + 1.0))
-        square = state.advantage_square + rate * (
-            jnp.mean(jnp.square(advantage)) - state.advantage_square
-        )
-        unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
-        target = _target(
-            config,
-            lambda point: critics.q(new_critics.params, normal.observation, point),
-            critics.value(new_critics.params, normal.observation),
-            action if config.expand_at == "data" else mean,
-            mean,
-            _analytic.variance_at(moments, time),
-            config.inverse_temperature / unit,
-        )
+    def energy_step(
+        state: AepoState, noisy: jax.Array, time: jax.Array, normal: Any, target: Any
+    ) -> tuple[dict[str, Any], Metrics]:
+        """New guidance, as fields of the state."""
 
         def objective(weights: Params) -> jax.Array:
             found = energy.apply(weights, noisy, time, normal.observation)
@@ -235,20 +204,56 @@ def aepo(
         average = moving_average(
             weights, state.average, state.step, config.guidance.average_rate
         )
-        new_state = AepoState(
+        new = {"energy": weights, "average": average, "optimizer": new_optimizer}
+        return new, {"energy_loss": loss, "energy_std": jnp.std(target)}
+
+    def update(
+        key: jax.Array, state: AepoState, batch: Transition
+    ) -> tuple[AepoState, Metrics]:
+        key_behaviour, key_critics, key_time, key_noise = jax.random.split(key, 4)
+        new_behaviour, learned = behaviour.update(key_behaviour, state.behaviour, batch)
+        normal = normalized(new_behaviour.params.normalizer, batch)
+        new_critics, metrics = critics.update(key_critics, state.critics, normal)
+        values = new_critics.params
+
+        action = batch.action
+        time = draw_times(key_time, action.shape[:-1], config.behaviour.min_time)
+        noisy = _vp.diffuse(action, jax.random.normal(key_noise, action.shape), time)
+        params = AepoParams(new_behaviour.params, values, state.average)
+        noise = model.noise(params, batch.observation, noisy, time)
+        mean = _vp.predicted_action(noisy, noise, time)
+        moments = _analytic.update_moments(
+            state.moments, action, noise, mean, time, rate=config.moment_rate
+        )
+
+        level = critics.value(values, normal.observation)
+        advantage = critics.q(values, normal.observation, action) - level
+        rate = jnp.maximum(config.moment_rate, 1.0 / (state.step + 1.0))
+        square = state.advantage_square + rate * (
+            jnp.mean(jnp.square(advantage)) - state.advantage_square
+        )
+        unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
+        target = _target(
+            config,
+            lambda point: critics.q(values, normal.observation, point),
+            level,
+            action if config.expand_at == "data" else mean,
+            mean,
+            _analytic.variance_at(moments, time),
+            config.inverse_temperature / unit,
+        )
+        new_energy, of_energy = energy_step(state, noisy, time, normal, target)
+        new_state = state._replace(
             behaviour=new_behaviour,
             critics=new_critics,
-            energy=weights,
-            average=average,
-            optimizer=new_optimizer,
             moments=moments,
             advantage_square=square,
+            **new_energy,
         )
         return new_state, {
             **metrics,
+            **of_energy,
             "behaviour_loss": learned["loss"],
-            "energy_loss": loss,
-            "energy_std": jnp.std(target),
             "advantage_rms": jnp.sqrt(square),
         }
 
