@@ -109,7 +109,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(folder, tmp_path, monkeypat
 
 
 def test_every_method_of_the_table_initialises_updates_and_acts():
-    spec, rows = SpaceSpec(4, 2), 6
+    spec, rows = SpaceSpec(4, 2), 8
     arrays = tiny.arrays(rows=40, observation=4, action=2)
     dataset = jax.tree.map(jnp.asarray, make_dataset(**arrays))
     for name in _methods.OFFLINE:
