@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import _timing as timing
 from benchmarks._ebt_figure import draw, landscape
+from benchmarks._ebt_tasks import MODE, auc, per_seed, regression, two_modes
 from emfuse_jax import loops
 from emfuse_jax.base import Policy, SpaceSpec, Transition
 from emfuse_jax.data import fit_normalizer, make_dataset
@@ -40,8 +41,6 @@ from experiments._progress import Progress
 from experiments._run import run_main
 
 TOY = SpaceSpec(1, 1)
-MODE = 0.4
-"""Half the distance of the two modes; an action counts as in one within a quarter of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,8 @@ class EbtBenchmarkConfig:
         seeds: trained together.
         toy_steps: updates on the regression and on two modes.
         clone_steps: updates on Hopper.
+        diffusion_updates: diffusion makes this many times as many updates as the energy,
+            about as many as take the same time.
         batch_size: rows per update.
         network: the transformer's sizes on Hopper.
         toy_network: its sizes on the other two tasks.
@@ -73,6 +74,7 @@ class EbtBenchmarkConfig:
     seeds: int = 3
     toy_steps: int = 1200
     clone_steps: int = 2000
+    diffusion_updates: int = 4
     batch_size: int = 64
     network: TransformerConfig = TransformerConfig(  # noqa: RUF009
         num_layers=1, features=64, num_heads=4
@@ -182,27 +184,6 @@ def train(
     return state.params, last
 
 
-def transitions(observation: jax.Array, action: jax.Array) -> Transition:
-    """Recorded pairs; the rest is not read."""
-    nothing = jnp.zeros(len(observation))
-    false = nothing.astype(bool)
-    return Transition(observation, action, nothing, observation, false, false)
-
-
-def regression(key: jax.Array, rows: int) -> Transition:
-    """``a = sin 3x``, x uniform in [-1, 1]."""
-    x = jax.random.uniform(key, (rows, 1), minval=-1.0)
-    return transitions(x, jnp.sin(3 * x))
-
-
-def two_modes(key: jax.Array, rows: int) -> Transition:
-    """``½ sin 3x ± 0.4``, either with the same probability."""
-    key_x, key_mode = jax.random.split(key)
-    x = jax.random.uniform(key_x, (rows, 1), minval=-1.0)
-    side = jnp.where(jax.random.bernoulli(key_mode, 0.5, (rows, 1)), MODE, -MODE)
-    return transitions(x, 0.5 * jnp.sin(3 * x) + side)
-
-
 def regression_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
     """Errors, falling energies and ranking; both recipes and diffusion."""
     held_out = regression(jax.random.key(7), 2000)
@@ -225,35 +206,28 @@ def regression_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
                 params, key_start, held_out.observation
             )
             row[f"{steps} steps"] = {
-                "mse": _per_seed(jnp.square(end.action - held_out.action[None])),
-                "energy_falls": _per_seed(end.energy < end.start_energy),
+                "mse": per_seed(jnp.square(end.action - held_out.action[None])),
+                "energy_falls": per_seed(end.energy < end.start_energy),
             }
         energy = jax.jit(jax.vmap(policy.energy, (0, None, None)))
         right = energy(params, held_out.observation, held_out.action)
         wrong = energy(params, held_out.observation, other)
-        row["auc, same observation"] = _per_seed(right < wrong)
-        row["auc, pooled"] = [_auc(*pair) for pair in zip(right, wrong, strict=True)]
+        row["auc, same observation"] = per_seed(right < wrong)
+        row["auc, pooled"] = [auc(*pair) for pair in zip(right, wrong, strict=True)]
         rows[name] = row
     policy = denoising(config, TOY, config.diffusion_steps[0])
     params, facts = train(
-        config, policy, _sampler(config, regression), config.toy_steps, "diffusion"
+        config,
+        policy,
+        _sampler(config, regression),
+        _longer(config, config.toy_steps),
+        "diffusion",
     )
     act = jax.jit(jax.vmap(policy.act, (0, None, None)))
     action = act(params, key_start, held_out.observation)
-    error = _per_seed(jnp.square(action - held_out.action[None]))
+    error = per_seed(jnp.square(action - held_out.action[None]))
     rows["diffusion"] = {"mse": error, "training": facts}
     return rows
-
-
-def _per_seed(rows: jax.Array) -> list[float]:
-    return np.asarray(rows, np.float64).reshape(len(rows), -1).mean(axis=1).tolist()
-
-
-def _auc(low: jax.Array, high: jax.Array) -> float:
-    """Probability that a row of ``low`` is below one of ``high``, whichever they are."""
-    order = np.sort(np.asarray(high))
-    above = len(order) - np.searchsorted(order, np.asarray(low), side="right")
-    return float(np.mean(above) / len(order))
 
 
 def two_mode_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
@@ -269,14 +243,16 @@ def two_mode_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
     }
     rows, panels = {}, {}
     for name, policy in policies.items():
-        params, facts = train(config, policy, _sampler(config, two_modes), steps, name)
+        updates = _longer(config, steps) if name == "diffusion" else steps
+        sample = _sampler(config, two_modes)
+        params, facts = train(config, policy, sample, updates, name)
         act = jax.jit(jax.vmap(policy.act, (0, None, None)))
         action = act(params, jax.random.key(8), held_out.observation)
         side = np.asarray(action - 0.5 * jnp.sin(3 * held_out.observation)[None])
         rows[name] = {
-            "in_a_mode": _per_seed(np.abs(np.abs(side) - MODE) < MODE / 4),
-            "upper_mode": _per_seed(side > 0),
-            "between": _per_seed(np.abs(side) < MODE / 2),
+            "in_a_mode": per_seed(np.abs(np.abs(side) - MODE) < MODE / 4),
+            "upper_mode": per_seed(side > 0),
+            "between": per_seed(np.abs(side) < MODE / 2),
             "training": facts,
         }
         own = jax.tree.map(lambda leaf: leaf[0], params)
@@ -346,7 +322,12 @@ def hopper_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
     trained = {"ebt": train(config, ebt, sample, config.clone_steps, "ebt", **options)}
     first = denoising(config, planned, config.diffusion_steps[0])
     trained["diffusion"] = train(
-        config, first, sample, config.clone_steps, "diffusion", **options
+        config,
+        first,
+        sample,
+        _longer(config, config.clone_steps),
+        "diffusion",
+        **options,
     )
     contenders = {"ebt, 2 steps": ("ebt", ebt, 2)}
     longer = dataclasses.replace(recipe, act_steps=10, tolerance=1e-3)
@@ -374,6 +355,10 @@ def hopper_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
 
 def _shape(config: EbtBenchmarkConfig) -> dict[str, int]:
     return {"num_frames": config.chunk.num_frames, "horizon": config.chunk.horizon}
+
+
+def _longer(config: EbtBenchmarkConfig, num_steps: int) -> int:
+    return config.diffusion_updates * num_steps
 
 
 def _all(data: Dataset) -> jax.Array:

@@ -5,22 +5,23 @@ the descent (second derivatives of the energy). There are no negatives and no pa
 function, so energies rank actions of one observation; acting spends as many steps as each
 row needs, and the energy that is left says how sure the policy is.
 
-A plain regression of ends that start at noise independent of the target learns the
-conditional mean: where two actions are right it answers between them. `EbtConfig` offers
-starts that are the recorded action under noise of every size (``start_noise=(0, 1)``), with
-which the basins stay apart; the authors' recipe is ``start_noise=(1, 1)``.
+A regression of ends whose starts know nothing of the target learns the conditional mean:
+where two actions are right it answers between them. With ``num_starts`` above 1 several
+descents are made for each recorded action and the one that ends nearest is trained on
+(implicit maximum likelihood), with which the modes stay apart and keep their shares.
 
 References:
     Davies et al., "EBT-Policy: Energy Unlocks Emergent Physical Reasoning Capabilities",
     2025, and its public code. https://arxiv.org/abs/2510.27545
     Gladstone et al., "Energy-Based Transformers are Scalable Learners and Thinkers",
     2025, sections 3.3 and 3.4 (S1 and S2). https://arxiv.org/abs/2507.02092
+    Li, Malik, "Implicit Maximum Likelihood Estimation", 2018.
+    https://arxiv.org/abs/1809.09087 (the nearest of several; for policies: Rana et al.,
+    "IMLE Policy", RSS 2025, https://arxiv.org/abs/2502.12371).
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +39,11 @@ from emfuse_jax.base import (
 )
 from emfuse_jax.data import normalizer as normalization
 from emfuse_jax.data.normalizer import Normalizer
-from emfuse_jax.loops import run_sampler
 from emfuse_jax.nets.energy import EnergyNetwork
-from emfuse_jax.nets.transformer import (
-    EnergyTransformer,
-    TransformerConfig,
-    energy_transformer,
-)
-from emfuse_jax.samplers.descent import check_steps, descent, minimize
+from emfuse_jax.nets.transformer import EnergyTransformer, energy_transformer
+from emfuse_jax.policies._ebt_config import EbtConfig, s1_config, s2_config
+from emfuse_jax.policies._ebt_loss import descent_loss, policy_descent
+from emfuse_jax.samplers.descent import minimize
 
 __all__ = [
     "EbtConfig",
@@ -60,138 +58,6 @@ __all__ = [
 
 AnyEnergy = EnergyTransformer | EnergyNetwork | Network
 """A network with ``project`` and ``energy``, or with ``apply`` alone."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EbtConfig:
-    """Settings of `ebt_policy`.
-
-    Attributes:
-        network: of the transformer, unless a network is passed.
-        num_frames: observation frames in an observation, oldest first.
-        horizon: actions in a chunk.
-        train_steps: fewest steps of a training descent.
-        extra_steps: up to this many more, drawn for each batch.
-        step_size: of the descent, in the units of an action's coordinate: the energy is
-            a mean over ``action_size`` coordinates, so its gradient is multiplied by
-            that number too.
-        step_size_spread: each row's step size is drawn from ``[η / spread, η · spread]``.
-        momentum: Nesterov's, in training and acting.
-        detach: no derivative from one step to the one before (S1).
-        truncate: score the last step of a descent alone (S2), or all.
-        num_starts: training descents per recorded action; the one that ends nearest to it
-            is trained on. Ends that are no mixture of modes need more than 1.
-        start_noise: range of the noise level ``s`` of a training descent's start,
-            ``√(1 - s²) a + s ε`` for the recorded action ``a``; (1, 1) starts at noise.
-        noise: standard deviation added before each training step, first and last, on half
-            a cosine; (0, 0) adds none.
-        normalize: positions by their root mean square: of each sample, of the whole
-            ``batch`` (the authors'; one row then changes another's answer), or not.
-        energy_scaled: steps in proportion to ``exp(energy)``, the authors'.
-        act_steps: most steps of an acting descent.
-        tolerance: a row stops acting when its gradient norm is at most this; 0: never.
-        num_candidates: descents per action; the one of lowest energy is taken.
-        learning_rate: AdamW, after ``warmup_steps`` of linear growth.
-        warmup_steps: updates.
-        decay_steps: updates until a cosine has brought the rate to 0; none: never.
-        weight_decay: AdamW.
-        max_gradient_norm: of an update.
-        average_power: the moving average of the weights, with which it acts, forgets
-            at the rate ``(1 + step)^-power``.
-    """
-
-    network: TransformerConfig = TransformerConfig()  # noqa: RUF009
-    num_frames: int = 1
-    horizon: int = 1
-    train_steps: int = 2
-    extra_steps: int = 0
-    step_size: float = 1.0
-    step_size_spread: float = 1.0
-    momentum: float = 0.0
-    detach: bool = True
-    truncate: bool = False
-    num_starts: int = 1
-    start_noise: tuple[float, float] = (1.0, 1.0)
-    noise: tuple[float, float] = (0.2, 0.002)
-    normalize: Literal["none", "sample", "batch"] = "none"
-    energy_scaled: bool = False
-    act_steps: int = 10
-    tolerance: float = 0.0
-    num_candidates: int = 1
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    decay_steps: int | None = None
-    weight_decay: float = 1e-6
-    max_gradient_norm: float = 1.0
-    average_power: float = 0.75
-
-    def __post_init__(self) -> None:
-        check_steps("train_steps", self.train_steps)
-        check_steps("act_steps", self.act_steps)
-        for name, least in (
-            ("extra_steps", 0),
-            ("num_starts", 1),
-            ("num_candidates", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least {least}"
-                )
-        if not (self.step_size > 0 and self.step_size_spread >= 1):
-            raise ValueError(
-                f"step_size={self.step_size} must be positive and step_size_spread="
-                f"{self.step_size_spread} at least 1 (1 draws none)"
-            )
-        low, high = self.start_noise
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"start_noise={self.start_noise}; expected 0 ≤ low ≤ high ≤ 1"
-            )
-        if min(self.noise) < 0 or not self.tolerance >= 0:
-            raise ValueError(
-                f"noise={self.noise} and tolerance={self.tolerance} must be at least 0"
-            )
-        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
-            raise ValueError(
-                f"decay_steps={self.decay_steps} must exceed warmup_steps="
-                f"{self.warmup_steps}, which it includes"
-            )
-        # The rest is refused by the descent itself.
-        descent(
-            lambda x: jnp.sum(x, -1),
-            self.step_size,
-            momentum=self.momentum,
-            normalize=self.normalize,
-        )
-
-
-def s1_config(**settings: Any) -> EbtConfig:
-    """S1 of energy-based transformers: one derivative per step, every step scored.
-
-    Example:
-        >>> s1_config(train_steps=3).detach
-        True
-    """
-    defaults = {"detach": True, "truncate": False, "start_noise": (1.0, 1.0)}
-    return EbtConfig(**{**defaults, **settings})
-
-
-def s2_config(**settings: Any) -> EbtConfig:
-    """S2: derivatives through the whole descent, its end scored, steps and sizes random.
-
-    Example:
-        >>> s2_config().step_size_spread
-        2.0
-    """
-    defaults = {
-        "detach": False,
-        "truncate": True,
-        "start_noise": (1.0, 1.0),
-        "train_steps": 2,
-        "extra_steps": 1,
-        "step_size_spread": 2.0,
-    }
-    return EbtConfig(**{**defaults, **settings})
 
 
 class EbtParams(NamedTuple):
@@ -282,7 +148,7 @@ def ebt_policy(
         rate = (1.0 + state.step) ** -config.average_power
         average = optax.incremental_update(weights, state.params.network, rate)
         params = state.params._replace(network=average)
-        metrics |= {"loss": loss, "update_norm": optax.global_norm(gradient)}
+        metrics |= {"loss": loss, "update_norm": _norm(gradient)}
         return EbtState(params, weights, new, state.step + 1), metrics
 
     def act(
@@ -348,7 +214,7 @@ def ebt_refine(
         end = minimize(
             key,
             energy_fn,
-            _sampler(config, energy_fn, config.step_size, spec.action_size),
+            policy_descent(config, energy_fn, config.step_size, spec.action_size),
             start,
             config.act_steps,
             tolerance=config.tolerance,
@@ -367,111 +233,6 @@ def ebt_refine(
         return jax.tree.map(pick, every)
 
     return refine
-
-
-def descent_loss(
-    key: jax.Array,
-    energy_fn: EnergyFn,
-    action: Float[Array, "*batch act"],
-    config: EbtConfig,
-) -> tuple[Float[Array, "*batch"], Metrics]:
-    """Squared error of the positions of a training descent, mean over coordinates.
-
-    Args:
-        key: draws start, number of steps, step sizes and noise.
-        energy_fn: of the batch's observations.
-        action: the recorded ones, where the descent should end.
-        config: see `EbtConfig`.
-
-    Returns:
-        The loss of each row, and means over rows: ``energy`` of the recorded action,
-        ``energy_drop`` from the first step's to the last's, ``rise_rate``, the share of
-        rows whose energy rose (steps too long), and ``gradient_norm`` of the last step.
-    """
-    key_start, key_count, key_size, key_noise = jax.random.split(key, 4)
-    batch = action.shape[:-1]
-    start = _training_start(key_start, energy_fn, action, config)
-    count = config.train_steps
-    if config.extra_steps:
-        count += jax.random.randint(key_count, (), 0, config.extra_steps + 1)
-    size: Any = config.step_size
-    if config.step_size_spread > 1.0:
-        spread = config.step_size_spread
-        low, high = config.step_size / spread, config.step_size * spread
-        size = jax.random.uniform(key_size, batch, minval=low, maxval=high)
-    sampler = _sampler(config, energy_fn, size, action.shape[-1], count)
-    most = config.train_steps + config.extra_steps
-    _, (position, info) = run_sampler(
-        key_noise, sampler, start, most, keep=lambda state, info: (state.position, info)
-    )
-    step = jnp.arange(most).reshape((most,) + (1,) * len(batch))
-    scored = step == count - 1 if config.truncate else step < count
-    error = jnp.mean(jnp.square(position - action[None]), axis=-1)
-    weight = jnp.where(scored, 1.0 if config.truncate else 1.0 / count, 0.0)
-    loss = jnp.sum(jnp.where(scored, weight * error, 0.0), axis=0)
-    last = energy_fn(position[count - 1])
-    metrics = {
-        "energy": jnp.mean(energy_fn(action)),
-        "energy_drop": jnp.mean(info.energy[0] - last),
-        "rise_rate": jnp.mean(last > info.energy[0]),
-        "gradient_norm": jnp.mean(info.gradient_norm[count - 1]),
-    }
-    return loss, jax.lax.stop_gradient(metrics)
-
-
-def _training_start(
-    key: jax.Array, energy_fn: EnergyFn, action: jax.Array, config: EbtConfig
-) -> Float[Array, "*batch act"]:
-    """Of ``num_starts`` draws, the one whose descent ends nearest to the recorded action.
-
-    The draws compete by their ends, at the nominal step size and without noise; no
-    derivative is taken of that.
-    """
-    key_noise, key_level, key_descent = jax.random.split(key, 3)
-    noise = jax.random.normal(key_noise, (config.num_starts, *action.shape))
-    low, high = config.start_noise
-    if low < 1.0:
-        shape = (*noise.shape[:-1], 1)
-        level = jax.random.uniform(key_level, shape, minval=low, maxval=high)
-        noise = jnp.sqrt(1.0 - jnp.square(level)) * action[None] + level * noise
-    if config.num_starts == 1:
-        return noise[0]
-    sampler = _sampler(config, energy_fn, config.step_size, action.shape[-1])
-
-    def end(start: jax.Array) -> jax.Array:
-        return run_sampler(key_descent, sampler, start, config.train_steps)[0].position
-
-    error = jnp.sum(jnp.square(jax.vmap(end)(noise) - action[None]), axis=-1)
-    best = jnp.argmin(jax.lax.stop_gradient(error), axis=0)
-    return jnp.take_along_axis(noise, best[None, ..., None], axis=0)[0]
-
-
-def _sampler(
-    config: EbtConfig,
-    energy_fn: EnergyFn,
-    step_size: Any,
-    action_size: int,
-    count: Any = None,
-) -> Any:
-    """The one descent of training (``count`` steps, noisy) and of acting (None)."""
-    schedule = None
-    if count is not None and max(config.noise) > 0:
-        first, last = config.noise
-        schedule = functools.partial(_cosine, first=first, last=last, count=count)
-    return descent(
-        energy_fn,
-        step_size * action_size,
-        momentum=config.momentum,
-        noise_schedule=schedule,
-        normalize=config.normalize,
-        energy_scaled=config.energy_scaled,
-        detach=config.detach and count is not None,
-    )
-
-
-def _cosine(step: jax.Array, *, first: float, last: float, count: Any) -> jax.Array:
-    share = jnp.minimum(step / count, 1.0)
-    return last + 0.5 * (first - last) * (1.0 + jnp.cos(jnp.pi * share))
 
 
 def _default_network(config: EbtConfig, spec: SpaceSpec) -> EnergyTransformer:
@@ -521,3 +282,8 @@ def _optimizer(config: EbtConfig) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.adamw(rate, weight_decay=config.weight_decay),
     )
+
+
+def _norm(tree: Params) -> jax.Array:
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.zeros(())))

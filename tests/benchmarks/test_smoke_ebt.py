@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import _ebt_tasks
 from benchmarks import ebt as benchmark
 from benchmarks._ebt_figure import draw, landscape
 
@@ -19,16 +20,16 @@ def test_the_published_recipe_is_that_of_the_paper():
 
 
 def test_tasks_are_the_laws_that_they_say():
-    batch = benchmark.two_modes(jax.random.key(0), 4000)
+    batch = _ebt_tasks.two_modes(jax.random.key(0), 4000)
     side = batch.action - 0.5 * jnp.sin(3 * batch.observation)
-    np.testing.assert_allclose(np.abs(side), benchmark.MODE, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(side), _ebt_tasks.MODE, rtol=1e-5)
     assert abs(float(jnp.mean(side > 0)) - 0.5) < 4 * 0.5 / np.sqrt(4000)
 
 
 def test_ranks_are_counted_as_the_definition_says():
     low, high = jnp.array([1.0, 2.0, 5.0]), jnp.array([2.0, 3.0])
     # 1 is below both, 2 below one (a tie does not count), 5 below none.
-    assert benchmark._auc(low, high) == pytest.approx(3 / 6)
+    assert _ebt_tasks.auc(low, high) == pytest.approx(3 / 6)
 
 
 def test_energies_are_drawn_with_the_actions_over_them(tmp_path):

@@ -12,7 +12,7 @@ from emfuse_jax.base import Network, SpaceSpec, Transition
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.nets.energy import conditional_energy
 from emfuse_jax.nets.transformer import TransformerConfig
-from emfuse_jax.policies import ebt
+from emfuse_jax.policies import _ebt_loss
 from emfuse_jax.policies.ebt import (
     EbtConfig,
     EbtParams,
@@ -170,7 +170,9 @@ def loss_and_gradient(weights, config):
 
     def loss(weights):
         energy_fn = functools.partial(quartic, weights, observation)
-        return jnp.mean(ebt.descent_loss(KEY, energy_fn, 0.9 * observation, config)[0])
+        return jnp.mean(
+            _ebt_loss.descent_loss(KEY, energy_fn, 0.9 * observation, config)[0]
+        )
 
     return jax.value_and_grad(loss)(weights)
 
@@ -199,7 +201,7 @@ def test_training_differentiates_through_the_steps_unless_told_not_to(config, ex
 
 def test_noise_falls_on_half_a_cosine():
     noise = [
-        float(ebt._cosine(jnp.float32(i), first=0.2, last=0.002, count=6))
+        float(_ebt_loss._cosine(jnp.float32(i), first=0.2, last=0.002, count=6))
         for i in range(6)
     ]
     expected = 0.002 + 0.5 * 0.198 * (1 + np.cos(np.pi * np.arange(6) / 6))
