@@ -29,6 +29,7 @@ class Parsed(NamedTuple):
     config: Any
     traceback: bool
     help: str | None = None
+    on_divergence: str = "stop"
 
 
 class _Leaf(NamedTuple):
@@ -69,6 +70,14 @@ def parse(
     common = {"flag_values": values, "module_name": "common"}
     flags.DEFINE_boolean("help", False, "show this text", **common)
     flags.DEFINE_boolean("traceback", False, "show where an error comes from", **common)
+    flags.DEFINE_enum(
+        "on_divergence",
+        "stop",
+        ["stop", "rollback"],
+        "where training diverges: stop, or go back to the last checkpoint with half of "
+        "every learning rate",
+        **common,
+    )
     if presets:
         known = ", ".join(presets)
         flags.DEFINE_string("preset", preset, f"one of {known}", **common)
@@ -78,7 +87,7 @@ def parse(
     if extra:
         raise ValueError(f"unexpected argument {extra[0]!r}; flags are --name=value")
     config = config_from_flags(config_cls, values, base=base)
-    return Parsed(config, values.traceback)
+    return Parsed(config, values.traceback, on_divergence=values.on_divergence)
 
 
 def define(config_cls: type, values: flags.FlagValues, *, base: Any = None) -> None:

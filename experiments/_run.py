@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emfuse_jax import artifacts
-from experiments import _flags, _lock
+from experiments import _divergence, _flags, _lock
 from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
 from experiments._stopping import EXIT_STATUS, StoppedError, until_asked
@@ -115,6 +115,8 @@ class Run:
 
         Raises:
             StoppedError: after SIGTERM; it has saved.
+            DivergedError: if a metric or a parameter has diverged (see `_divergence`);
+                nothing of that chunk is saved.
         """
         from emfuse_jax import loops
 
@@ -132,6 +134,7 @@ class Run:
 
         def on_chunk(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
             row = dict(metrics)
+            self.check(step, row, getattr(state, "params", None))
             planned, stops = is_planned(step), asked() and step < num_steps
             if planned and evaluate is not None:
                 row |= evaluate(step, state)
@@ -157,19 +160,40 @@ class Run:
                 **options,
             )[0]
 
+    def check(self, step: int, metrics: Mapping[str, Any], params: Any = None) -> None:
+        """To be called at a chunk's end, before it is saved.
+
+        Raises:
+            DivergedError: if a metric or a parameter has diverged; the row is logged.
+        """
+        finding = _divergence.find(metrics, params)
+        if finding is None:
+            return
+        self.log(step, metrics)
+        last = max(artifacts.steps(self.checkpoints), default=None)
+        checkpoint = None if last is None else self.checkpoints / str(last)
+        raise _divergence.DivergedError(step, finding, checkpoint)
+
     def write_json(self, name: str, value: Any) -> pathlib.Path:
         """Writes a result into the directory, whole or not at all."""
-        path = self.path / name
+        path = self._inside(name)
         artifacts.write_json(path, value)
         return path
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """A JSON result that is made once: by ``make()``, now or in an earlier start."""
-        path = self.path / name
+        path = self._inside(name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             artifacts.write_json(path, to_plain(make()))
         return artifacts.read_json(path)
+
+    def _inside(self, name: str) -> pathlib.Path:
+        """A place in the directory; names come from configs."""
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{name!r} is not inside of {self.path}; choose another")
+        return path
 
     def close(self) -> None:
         """Closes the files and lets another process open the directory."""
@@ -213,7 +237,7 @@ def open_run(
         OSError: if it cannot be written.
     """
     path = pathlib.Path(path).absolute()
-    config = artifacts.to_json(config)
+    config = _divergence.as_asked(artifacts.to_json(config))
     resumed = _check(path, kind, config, ignore)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -225,6 +249,7 @@ def open_run(
             "choose another with --run_dir",
         ) from error
     try:
+        _divergence.check_scale(path)
         if lock.taken_over is not None:
             print(f"{path}: {lock.taken_over} has ended; going on", file=sys.stderr)
         if not resumed:
@@ -270,7 +295,8 @@ def run_main(
 
     Returns:
         The exit status: 0, or 2 for bad input, which prints one paragraph and no
-        traceback unless ``--traceback`` is given, or 75 after SIGTERM, when what was
+        traceback unless ``--traceback`` is given, or 3 where training diverged, or 75
+        after SIGTERM, when what was
         trained so far is saved, or 130 when interrupted.
     """
     from absl import flags
@@ -285,7 +311,7 @@ def run_main(
             return 0
         die_with_parent()
         use_compilation_cache()
-        main_fn(parsed.config)
+        _call(main_fn, parsed)
         return 0
     except (ValueError, OSError, ImportError, flags.Error) as error:
         if "--traceback" in argv:
@@ -296,12 +322,45 @@ def run_main(
         print(textwrap.fill(f"error: {text}", 88, **whole), file=sys.stderr)
         print("(--traceback shows where)", file=sys.stderr)
         return 2
+    except _divergence.DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(_after_divergence(parsed.on_divergence), file=sys.stderr)
+        return _divergence.EXIT_STATUS
     except StoppedError as error:
         print(error, file=sys.stderr)
         return EXIT_STATUS
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
+
+
+def _call(main_fn: Callable[[Any], Any], parsed: _flags.Parsed) -> None:
+    """Again from the last checkpoint with smaller steps, where that is asked for."""
+    scale = 1.0
+    while True:
+        with _divergence.attempt(scale) as attempt:
+            try:
+                main_fn(_divergence.rescale(parsed.config, scale))
+                return
+            except _divergence.RescaleError as error:
+                scale = error.scale
+            except _divergence.DivergedError as error:
+                if parsed.on_divergence != "rollback":
+                    raise
+                scale = _divergence.roll_back(attempt, parsed.config, error)
+                print(f"{error}; back to it", file=sys.stderr)
+        print(f"learning rates are scaled by {scale:g} from here on", file=sys.stderr)
+
+
+def _after_divergence(mode: str) -> str:
+    if mode == "stop":
+        return (
+            "--on_divergence=rollback goes back to it with half of every learning rate"
+        )
+    return (
+        f"not rolled back: {_divergence.MAX_ROLLBACKS} times are enough, or no setting "
+        "is a learning rate"
+    )
 
 
 def _way_out(error: Exception) -> str:
