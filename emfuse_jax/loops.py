@@ -34,6 +34,13 @@ def scan_steps(
 
     Returns:
         The last state and the outputs stacked over ``[time]``.
+
+    Example:
+        >>> def step(key, state):
+        ...     return state + 1.0, state
+        >>> state, outputs = scan_steps(jax.random.key(0), step, jnp.zeros(()), 3)
+        >>> float(state), outputs.tolist()
+        (3.0, [0.0, 1.0, 2.0])
     """
 
     def body(carry: State, step: jax.Array) -> tuple[State, Any]:
@@ -66,6 +73,16 @@ def run_sampler(
 
     Raises:
         ValueError: if ``thin`` does not divide ``num_steps``.
+
+    Example:
+        >>> def walk(key, state):
+        ...     return state + 1.0, None
+        >>> sampler = Sampler(init=lambda position: position, step=walk)
+        >>> state, kept = run_sampler(
+        ...     jax.random.key(0), sampler, jnp.zeros(()), 6, keep=lambda s, info: s, thin=2
+        ... )
+        >>> float(state), kept.tolist()
+        (6.0, [2.0, 4.0, 6.0])
     """
     if thin < 1 or num_steps % thin:
         raise ValueError(
@@ -125,6 +142,17 @@ def fit(
 
     Raises:
         ValueError: if ``chunk`` does not divide ``num_steps`` and ``start``.
+
+    Example:
+        >>> def update(key, state, batch):
+        ...     return state + batch, {"state": state}
+        >>> learner = Learner(init=lambda key: jnp.zeros(()), update=update)
+        >>> key = jax.random.key(0)
+        >>> state, metrics = fit(
+        ...     key, learner, learner.init(key), lambda key, data: data, 4, data=1.0, chunk=2
+        ... )
+        >>> float(state), metrics["state"].tolist()
+        (4.0, [0.5, 2.5])
     """
     chunk = min(chunk, max(num_steps, 1))
     if num_steps % chunk or start % chunk:

@@ -21,7 +21,12 @@ def multiply_no_nan(
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """``sqrt(max(x, 0))`` whose gradient at 0 is 0 instead of infinity."""
+    """``sqrt(max(x, 0))`` whose gradient at 0 is 0 instead of infinity.
+
+    Example:
+        >>> float(jax.grad(safe_sqrt)(0.0))
+        0.0
+    """
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
@@ -29,13 +34,24 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 def masked_mean(
     x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None
 ) -> jax.Array:
-    """Mean of ``x`` where ``mask`` is true; 0 where nothing is."""
+    """Mean of ``x`` where ``mask`` is true; 0 where nothing is.
+
+    Example:
+        >>> float(masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
+        2.0
+    """
     mask = jnp.broadcast_to(mask, x.shape).astype(x.dtype)
     total = jnp.sum(multiply_no_nan(mask, x), axis=axis)
     return total / jnp.maximum(jnp.sum(mask, axis=axis), 1.0)
 
 
 def masked_variance(x: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
-    """Population variance of ``x`` along ``axis`` where ``mask`` is true; 0 where nothing is."""
+    """Population variance of ``x`` along ``axis`` where ``mask`` is true; 0 where nothing is.
+
+    Example:
+        >>> mask = jnp.array([True, True, False])
+        >>> float(masked_variance(jnp.array([1.0, 3.0, 9.0]), mask, 0))
+        1.0
+    """
     mean = jnp.expand_dims(masked_mean(x, mask, axis), axis)
     return masked_mean(jnp.square(x - mean), mask, axis)

@@ -30,18 +30,34 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def unstack(tree: Any) -> list[Any]:
-    """The inverse of `stack`."""
+    """The inverse of `stack`.
+
+    Example:
+        >>> [float(tree["w"]) for tree in unstack({"w": jnp.array([1.0, 2.0])})]
+        [1.0, 2.0]
+    """
     size = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(size)]
 
 
 def weighted_mean(tree: Any, weights: jax.Array) -> Any:
-    """``Σ_i w_i leaf_i`` over the leading axis of every leaf; ``weights`` is ``[model]``."""
+    """``Σ_i w_i leaf_i`` over the leading axis of every leaf; ``weights`` is ``[model]``.
+
+    Example:
+        >>> weighted_mean({"w": jnp.array([[1.0], [3.0]])}, jnp.array([0.5, 0.5]))["w"].tolist()
+        [2.0]
+    """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, axes=1), tree)
 
 
 def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
-    """``where`` over pytrees; ``condition [*batch]`` is broadcast over trailing axes."""
+    """``where`` over pytrees; ``condition [*batch]`` is broadcast over trailing axes.
+
+    Example:
+        >>> rows = select(jnp.array([True, False]), jnp.ones((2, 2)), jnp.zeros((2, 2)))
+        >>> rows.tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
 
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(
@@ -52,7 +68,14 @@ def select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
 
 
 def same_structure(first: Any, second: Any) -> bool:
-    """Whether two trees agree in structure, shapes and dtypes."""
+    """Whether two trees agree in structure, shapes and dtypes.
+
+    Example:
+        >>> same_structure({"w": jnp.zeros(2)}, {"w": jnp.ones(2)})
+        True
+        >>> same_structure({"w": jnp.zeros(2)}, {"w": jnp.ones(3)})
+        False
+    """
 
     def describe(tree: Any) -> Any:
         return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)

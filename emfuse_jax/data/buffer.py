@@ -93,7 +93,14 @@ def ring_buffer(capacity: int, batch_size: int) -> Buffer:
 
 
 def num_stored(state: State) -> Int[Array, ""]:
-    """How many rows a buffer holds."""
+    """How many rows a buffer holds.
+
+    Example:
+        >>> buffer = ring_buffer(capacity=3, batch_size=2)
+        >>> state = buffer.add(buffer.init(jnp.float32(0)), jnp.arange(2.0))
+        >>> int(num_stored(state))
+        2
+    """
     capacity = jax.tree.leaves(state.experience)[0].shape[1]
     return jnp.where(state.is_full, capacity, state.current_index)
 

@@ -193,14 +193,27 @@ def _check_lengths(age: np.ndarray, min_length: int, source: str) -> None:
 
 
 def episode_bounds(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """First row and one past the last row of every episode: ``dataset[start:end]``."""
+    """First row and one past the last row of every episode: ``dataset[start:end]``.
+
+    Example:
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> start, end = episode_bounds(linear_gaussian(3, 5)[0])
+        >>> start.tolist(), end.tolist()
+        ([0, 5, 10], [5, 10, 15])
+    """
     age = np.asarray(dataset.age)
     starts = np.flatnonzero(age == 0)
     return starts, np.append(starts[1:], len(age))
 
 
 def take(dataset: Dataset, rows: Any) -> Dataset:
-    """The data set restricted to ``rows`` (a slice or an index of whole episodes)."""
+    """The data set restricted to ``rows`` (a slice or an index of whole episodes).
+
+    Example:
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> len(take(linear_gaussian(3, 5)[0], slice(5, 10)).reward)
+        5
+    """
     return jax.tree.map(lambda leaf: leaf[rows], dataset)
 
 
@@ -223,6 +236,12 @@ def split_episodes(
     Raises:
         ValueError: if a fraction is not in (0, 1) or an episode of training does not
             remain.
+
+    Example:
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> dataset, _ = linear_gaussian(10, 5)
+        >>> [len(part.reward) for part in split_episodes(dataset, test=0.2)]
+        [35, 5, 10]
     """
     if not (0 < test < 1 and 0 < validation < 1 and test + validation < 1):
         raise ValueError(
@@ -253,6 +272,12 @@ def concatenate(datasets: Sequence[Dataset]) -> Dataset:
 
     Raises:
         ValueError: if there is none, or observation or action sizes differ.
+
+    Example:
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> first, second = (linear_gaussian(2, 5, seed=seed)[0] for seed in (0, 1))
+        >>> len(concatenate([first, second]).reward)
+        20
     """
     if not datasets:
         raise ValueError("concatenate got no data sets; expected at least one")
@@ -284,6 +309,13 @@ def gather_history(
 
     Returns:
         History with leaves ``[lag, *batch, …]``.
+
+    Example:
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> dataset, _ = linear_gaussian(3, 5)
+        >>> history = gather_history(dataset, np.array([6]), 3)  # row 5 began its episode
+        >>> history.valid[:, 0].tolist()
+        [True, True, False]
     """
     index = jnp.asarray(index)
     age = jnp.asarray(dataset.age)[index][None]
@@ -297,7 +329,14 @@ def gather_history(
 
 
 def gather_transition(dataset: Dataset, index: Int[ArrayLike, "*batch"]) -> Transition:
-    """Rows ``index`` as transitions ``[*batch, …]``."""
+    """Rows ``index`` as transitions ``[*batch, …]``.
+
+    Example:
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> row = gather_transition(linear_gaussian(3, 5)[0], np.array([4, 5]))
+        >>> row.truncated.tolist()
+        [True, False]
+    """
     return Transition(
         *(jnp.asarray(getattr(dataset, name))[index] for name in Transition._fields)
     )

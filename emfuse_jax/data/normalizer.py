@@ -73,7 +73,13 @@ def fit_normalizer(
 def apply(
     normalizer: Normalizer, x: Float[ArrayLike, "*batch dim"]
 ) -> Float[Array, "*batch dim"]:
-    """Raw units to normalised ones."""
+    """Raw units to normalised ones.
+
+    Example:
+        >>> normalizer = fit_normalizer(jnp.array([[1.0], [3.0]]), kind="standard")
+        >>> apply(normalizer, jnp.array([[3.0]])).tolist()
+        [[1.0]]
+    """
     x = jnp.asarray(x)
     mean, scale = _broadcast(normalizer, x)
     return (x - mean) / scale
@@ -82,7 +88,13 @@ def apply(
 def invert(
     normalizer: Normalizer, x: Float[ArrayLike, "*batch dim"]
 ) -> Float[Array, "*batch dim"]:
-    """Normalised units to raw ones."""
+    """Normalised units to raw ones.
+
+    Example:
+        >>> normalizer = fit_normalizer(jnp.array([[1.0], [3.0]]), kind="standard")
+        >>> invert(normalizer, jnp.array([[1.0]])).tolist()
+        [[3.0]]
+    """
     x = jnp.asarray(x)
     mean, scale = _broadcast(normalizer, x)
     return x * scale + mean

@@ -34,6 +34,11 @@ def linear_gaussian(
 
     ``A`` is 0.9 times a rotation, actions are uniform in [-1, 1], and episodes end by
     timeouts.
+
+    Example:
+        >>> dataset, law = linear_gaussian(2, 10, observation_size=4)
+        >>> dataset.observation.shape, int(dataset.truncated.sum())
+        ((20, 4), 2)
     """
     generator = np.random.default_rng(seed)
     rotation, _ = np.linalg.qr(generator.standard_normal((observation_size,) * 2))
@@ -64,6 +69,11 @@ def bump(
     ``s' = 0.5 s + 0.3 a - jump · sign(s)`` for the one observation and the one action
     in [-1, 1], ``r = -|s|``. The state is thrown from one side to the other, so the
     data are dense on both sides of the jump, where a smooth regressor must err.
+
+    Example:
+        >>> dataset, law = bump(2, 10)
+        >>> dataset.observation.shape
+        (20, 1)
     """
     generator = np.random.default_rng(seed)
     law = Law(

@@ -33,6 +33,11 @@ def delta_scale(
     """The pooled standard deviation of ``Δs`` per component: the unit of errors.
 
     A component that never changes gets 1, its raw unit.
+
+    Example:
+        >>> before, after = jnp.zeros((2, 2)), jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+        >>> delta_scale(before, after).tolist()  # the second component never changes
+        [1.0, 1.0]
     """
     delta = next_observation - observation
     scale = jnp.std(delta.reshape(-1, delta.shape[-1]), axis=0)
@@ -75,6 +80,10 @@ def rms_error(
         scale: from `delta_scale`, of the pooled data of all domains.
         where: rows that count; all by default.
         clip: the most that one component counts.
+
+    Example:
+        >>> float(rms_error(jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2)), jnp.array([3.0, 4.0])))
+        1.0
     """
     squared = jnp.mean(_squared_error(prediction, target, scale, clip), axis=-1)
     return jnp.sqrt(jnp.mean(squared) if where is None else masked_mean(squared, where))
@@ -163,6 +172,10 @@ def auroc(score: Float[Array, "row"], positive: Bool[Array, "row"]) -> Float[Arr
     Args:
         score: high should mean positive.
         positive: the class of each row, for example "out of the domain".
+
+    Example:
+        >>> float(auroc(jnp.array([0.1, 0.4, 0.3]), jnp.array([False, True, True])))
+        1.0
     """
     ranks = _centred_ranks(score)
     num_positive = jnp.sum(positive)

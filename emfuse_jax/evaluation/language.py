@@ -156,7 +156,13 @@ def watch_tokens(
 def sequence_log_prob(
     log_probs: Float[Array, "*batch time"], valid: Bool[Array, "*#batch time"]
 ) -> Float[Array, "*batch"]:
-    """``log p(y|x)``: the sum over a continuation's tokens."""
+    """``log p(y|x)``: the sum over a continuation's tokens.
+
+    Example:
+        >>> log_probs = jnp.array([[-1.0, -2.0, -9.0]])
+        >>> sequence_log_prob(log_probs, jnp.array([[True, True, False]])).tolist()
+        [-3.0]
+    """
     return jnp.sum(jnp.where(valid, log_probs, 0.0), axis=-1)
 
 

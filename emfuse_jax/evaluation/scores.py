@@ -38,6 +38,10 @@ def reference_score(name: str) -> ReferenceScore:
 
     Raises:
         ValueError: for an environment without reference returns; lists those that have.
+
+    Example:
+        >>> reference_score("hopper").maximum
+        3234.3
     """
     if name in MAZE_SCORES:
         return MAZE_SCORES[name]
@@ -67,6 +71,12 @@ def normalized_score(
 def normalized_spread(
     spread: ArrayLike, reference: ReferenceScore
 ) -> np.ndarray | np.floating:
-    """``100 spread / (max - min)``: differences of returns scale without the offset."""
+    """``100 spread / (max - min)``: differences of returns scale without the offset.
+
+    Example:
+        >>> reference = reference_score("hopper")
+        >>> normalized_spread(reference.maximum - reference.minimum, reference).item()
+        100.0
+    """
     span = reference.maximum - reference.minimum
     return 100.0 * np.asarray(spread, np.float64) / span

@@ -53,7 +53,12 @@ def iqm(scores: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def mean(scores: Float[Array, "..."]) -> Float[Array, ""]:
-    """The mean of all scores together."""
+    """The mean of all scores together.
+
+    Example:
+        >>> float(mean(jnp.array([[1.0, 2.0], [3.0, 6.0]])))
+        3.0
+    """
     return jnp.mean(scores)
 
 
@@ -61,6 +66,10 @@ def median(scores: Float[Array, "..."]) -> Float[Array, ""]:
     """The median of all scores together.
 
     The "median" of the Atari literature is another: that of the tasks' means.
+
+    Example:
+        >>> float(median(jnp.array([[1.0, 2.0], [3.0, 6.0]])))
+        2.5
     """
     return jnp.median(scores)
 
@@ -136,6 +145,12 @@ def hierarchical_bootstrap(
 
     Raises:
         ValueError: as `bootstrap_interval`, but one seed is enough.
+
+    Example:
+        >>> returns = jnp.array([[1.0, 3.0], [2.0, 4.0], [1.0, 5.0]])
+        >>> interval = hierarchical_bootstrap(jax.random.key(0), returns, num_resamples=200)
+        >>> bool(interval.low < mean(returns) < interval.high)
+        True
     """
     scores = jnp.asarray(scores, float)
     if scores.ndim != 2 or scores.shape[1] < 2:

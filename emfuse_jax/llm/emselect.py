@@ -69,6 +69,13 @@ def emselect(
 
     Raises:
         ValueError: if ``alpha`` is outside [0, 1] or the order is neither of the two.
+
+    Example:
+        >>> from emfuse_jax.llm import fuse_language_models, language_model, LmConfig
+        >>> config = LmConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2)
+        >>> fused = fuse_language_models(language_model(config), emselect(), num_models=3)
+        >>> fused.vocab_size
+        8
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"emselect: alpha {alpha}, expected a number in [0, 1]")
@@ -177,6 +184,11 @@ def nearest_to_pool(
     Args:
         log_probs: of each expert, normalised.
         weights: of the pool, ``[model]`` or ``[model, *batch]``; None is uniform.
+
+    Example:
+        >>> log_probs = jnp.log(jnp.array([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4]]))
+        >>> int(nearest_to_pool(log_probs))
+        0
     """
     return jnp.argmin(pool_divergences(log_probs, weights), axis=0)
 
@@ -213,6 +225,12 @@ def selection_gap(
         log_probs: of each expert, normalised.
         expert: the chosen one.
         weights: of the pool that the choice stands for; None is uniform.
+
+    Example:
+        >>> log_probs = jnp.log(jnp.array([[0.6, 0.4], [0.9, 0.1], [0.6, 0.4]]))
+        >>> gap = selection_gap(log_probs, jnp.array(0))
+        >>> bool(gap.chosen < gap.bound)
+        True
     """
     divergences = pool_divergences(log_probs, weights)
     chosen = jnp.take_along_axis(divergences, expert[None], axis=0)[0]

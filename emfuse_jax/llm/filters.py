@@ -123,6 +123,10 @@ def filter_logits(
     Raises:
         ValueError: if an option is outside its range, or the temperature is 0 (there
             is no law to filter then; `sample_token` takes the likeliest).
+
+    Example:
+        >>> filter_logits(jnp.array([2.0, 1.0, 0.0]), temperature=0.5, top_k=2).tolist()
+        [4.0, 2.0, -inf]
     """
     check_filters(temperature, top_k, top_p, min_p)
     if is_greedy(temperature):

@@ -93,6 +93,12 @@ def init_params(key: jax.Array, config: LmConfig) -> Params:
     with 1 / (2 · num_layers · fan_in), so that its variance does not grow with depth
     (Radford et al. 2019, "GPT-2", section 2.3); embedding and head have a standard
     deviation of 0.02; norms are one and biases zero.
+
+    Example:
+        >>> config = LmConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=2)
+        >>> params = init_params(jax.random.key(0), config)
+        >>> params["embed"].shape
+        (8, 4)
     """
     key_embed, key_head, key_layers = jax.random.split(key, 3)
     dtype = jnp.dtype(config.dtype)

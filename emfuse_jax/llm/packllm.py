@@ -125,6 +125,12 @@ def packllm_opt_weights(
 
     Returns:
         Weights in the experts' given order.
+
+    Example:
+        >>> log_probs = jnp.log(jnp.array([[[[0.8, 0.2]] * 2], [[[0.2, 0.8]] * 2]]))
+        >>> tokens, valid = jnp.zeros((1, 2), int), jnp.ones((1, 2), bool)
+        >>> packllm_opt_weights(log_probs, tokens, valid)[:, 0].tolist()
+        [1.0, 0.0]
     """
     targets, mask = prompt_targets(tokens, valid)
     loss = prompt_loss(log_probs, tokens, valid)

@@ -44,6 +44,12 @@ def fixed(weights: Sequence[float] | Float[Array, "model"]) -> FusionRule:
 
     Raises:
         ValueError: if they are not; a wrong number is found when the rule meets experts.
+
+    Example:
+        >>> fixed([0.7, 0.7])
+        Traceback (most recent call last):
+            ...
+        ValueError: ...
     """
     return memoryless(_constant("fixed", weights))
 

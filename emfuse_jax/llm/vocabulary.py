@@ -160,6 +160,11 @@ def align_vocabularies(
 
     Raises:
         ValueError: as `map_vocabulary`, or if there is no such reference.
+
+    Example:
+        >>> maps = align_vocabularies([["a", "b"], ["b", "a"]])
+        >>> map_tokens(maps[1], jnp.array([0, 1])).tolist()  # "a" is the second's token 1
+        [1, 0]
     """
     if not 0 <= reference < len(vocabularies):
         raise ValueError(
@@ -211,14 +216,26 @@ def check_same_vocabulary(vocabularies: Sequence[Sequence[str]]) -> None:
 
 
 def map_tokens(mapping: VocabularyMap, tokens: Int[Array, "..."]) -> Int[Array, "..."]:
-    """What the expert reads in place of reference tokens."""
+    """What the expert reads in place of reference tokens.
+
+    Example:
+        >>> maps = align_vocabularies([["a", "b"], ["b", "a"]])
+        >>> map_tokens(maps[1], jnp.array([0, 0, 1])).tolist()
+        [1, 1, 0]
+    """
     return tokens if mapping.identity else jnp.asarray(mapping.partner)[tokens]
 
 
 def map_log_probs(
     mapping: VocabularyMap, log_probs: Float[Array, "*batch expert"]
 ) -> Float[Array, "*batch reference"]:
-    """Carries an expert's law over to the reference vocabulary; it still sums to one."""
+    """Carries an expert's law over to the reference vocabulary; it still sums to one.
+
+    Example:
+        >>> maps = align_vocabularies([["a", "b"], ["b", "a"]])
+        >>> jnp.exp(map_log_probs(maps[1], jnp.log(jnp.array([0.25, 0.75])))).round(2).tolist()
+        [0.75, 0.25]
+    """
     if mapping.identity:
         return log_probs
     share = jnp.asarray(mapping.log_share, log_probs.dtype)

@@ -167,6 +167,11 @@ def gram_memory(
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all leaves, arrays or their shapes."""
+    """Bytes of all leaves, arrays or their shapes.
+
+    Example:
+        >>> tree_bytes({"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)})
+        36
+    """
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -234,7 +234,15 @@ def merge_layers(
     shrinkage: float = 0.1,
     ridge: float = 0.0,
 ) -> dict[str, Array]:
-    """The merged kernels alone, by name; see `regmean`."""
+    """The merged kernels alone, by name; see `regmean`.
+
+    Example:
+        >>> from emfuse_jax.merging.grams import gram
+        >>> trees = [{"w": jnp.array([[1.0]]), "b": 0.0}, {"w": jnp.array([[4.0]]), "b": 0.0}]
+        >>> grams = [{"w": gram(jnp.ones((5, 1)))}, {"w": gram(jnp.full((5, 1), 0.5))}]
+        >>> list(merge_layers(trees, grams))
+        ['w']
+    """
     check_same_architecture(params)
     leaves = [named_leaves(tree) for tree in params]
     _check_grams(leaves, grams, ridge)

@@ -134,6 +134,12 @@ def check_same_architecture(
     Raises:
         ValueError: naming the first leaf that differs in presence or shape, or that is
             not floating.
+
+    Example:
+        >>> check_same_architecture([{"w": jnp.ones(2)}, {"w": jnp.ones(3)}])
+        Traceback (most recent call last):
+            ...
+        ValueError: ...
     """
     if not params:
         raise ValueError("no models to merge; expected at least one")
@@ -167,6 +173,10 @@ def convex_weights(weights: Any, num_models: int) -> list[Any]:
 
     Raises:
         ValueError: if they are no convex combination.
+
+    Example:
+        >>> [float(weight) for weight in convex_weights(None, 4)]
+        [0.25, 0.25, 0.25, 0.25]
     """
     if weights is None:
         return [1.0 / num_models] * num_models
@@ -192,7 +202,13 @@ def named_leaves(tree: Params) -> dict[str, Any]:
 
 
 def leaf_name(path: Any) -> str:
-    """The dotted name of a path of jax's key objects."""
+    """The dotted name of a path of jax's key objects.
+
+    Example:
+        >>> paths = jax.tree_util.tree_leaves_with_path({"layers": [{"q": 1.0}]})
+        >>> leaf_name(paths[0][0])
+        'layers.0.q'
+    """
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 

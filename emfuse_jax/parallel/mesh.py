@@ -67,6 +67,10 @@ def axis_size(mesh: Mesh, axis: str) -> int:
 
     Raises:
         ValueError: if the mesh has no such axis.
+
+    Example:
+        >>> axis_size(make_mesh({"data": 1}), "data")
+        1
     """
     if axis not in mesh.shape:
         raise ValueError(
@@ -80,6 +84,10 @@ def row_spec(row_axis: int | None, axis: str) -> PartitionSpec:
     """The partition of an array whose dimension ``row_axis`` is split over ``axis``.
 
     None is an array that every device holds whole.
+
+    Example:
+        >>> row_spec(1, "data")
+        P(None, 'data')
     """
     if row_axis is None:
         return PartitionSpec()
@@ -91,6 +99,10 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
     A copy, since ``jax.device_put`` may share a buffer with its argument, and donating
     the one would then delete the other.
+
+    Example:
+        >>> replicate(jnp.arange(3), make_mesh({"data": -1})).sharding.is_fully_replicated
+        True
     """
     return _put(tree, NamedSharding(mesh, PartitionSpec()))
 
@@ -100,6 +112,11 @@ def split(tree: Any, mesh: Mesh, *, axis: str = "data", row_axis: int = 0) -> An
 
     Raises:
         ValueError: if the axis is unknown or does not divide the rows.
+
+    Example:
+        >>> mesh = make_mesh({"data": 1})
+        >>> split(jnp.arange(4), mesh).sharding.spec
+        P('data',)
     """
     size = axis_size(mesh, axis)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -130,6 +147,10 @@ def broadcast_axes(axes: Any, tree: Any) -> list[int | None]:
 
     Raises:
         ValueError: if ``axes`` is not a prefix of ``tree``, or holds a negative number.
+
+    Example:
+        >>> broadcast_axes((0, None), (jnp.zeros(2), {"a": jnp.zeros(2), "b": jnp.zeros(2)}))
+        [0, None, None]
     """
 
     def is_leaf(x: Any) -> bool:

@@ -67,7 +67,12 @@ def initialize_if_requested(
 
 
 def is_coordinator() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Whether this process is the one that writes files and prints.
+
+    Example:
+        >>> is_coordinator()  # a single process is
+        True
+    """
     return jax.process_index() == 0
 
 

@@ -136,6 +136,15 @@ def annealed_langevin(
     Raises:
         ValueError: if a clip is not positive or the bounds are out of order; while
             tracing, if ``energy_fn`` does not return one energy per row.
+
+    Example:
+        >>> from emfuse_jax.loops import run_sampler
+        >>> sampler = annealed_langevin(
+        ...     lambda y: 0.5 * jnp.sum(y**2, axis=-1), optax.constant_schedule(0.5), None
+        ... )
+        >>> state, _ = run_sampler(jax.random.key(0), sampler, jnp.ones(1), 3)
+        >>> state.position.tolist()  # no noise: halved three times
+        [0.125]
     """
     _check_positive("drift_clip", drift_clip)
     _check_positive("step_clip", step_clip)
