@@ -47,7 +47,12 @@ class Behaviour(NamedTuple):
 
 
 def packaged_behaviours() -> list[str]:
-    """Names that `load_behaviour` knows without a path."""
+    """Names that `load_behaviour` knows without a path.
+
+    Example:
+        >>> "hopper_medium" in packaged_behaviours()
+        True
+    """
     return sorted(path.stem for path in PACKAGED.glob("*.npz"))
 
 
@@ -58,6 +63,10 @@ def load_behaviour(source: str | pathlib.Path) -> Behaviour:
         FileNotFoundError: if there is neither; lists the packaged ones.
         ValueError: if the file is no ``.npz``, lacks arrays, or their shapes do not
             fit.
+
+    Example:
+        >>> load_behaviour("hopper_medium").spec
+        SpaceSpec(observation_size=11, action_size=3)
     """
     path = pathlib.Path(source)
     if str(source) in packaged_behaviours():
@@ -101,6 +110,11 @@ def behaviour_act(
     Args:
         policy: the layers.
         noise: factor on the standard deviation; 0 acts with the tanh of the mean.
+
+    Example:
+        >>> act = behaviour_act(load_behaviour("hopper_medium"), noise=0.0)
+        >>> act(jax.random.key(0), np.zeros((2, 11), np.float32)).shape
+        (2, 3)
     """
     weights = {
         name: np.ascontiguousarray(getattr(policy, name).weight.T) for name in LAYERS
@@ -124,7 +138,12 @@ def behaviour_act(
 
 
 def random_act(action_size: int) -> Callable[[jax.Array, np.ndarray], np.ndarray]:
-    """Uniform actions in [-1, 1], with the signature of `behaviour_act`."""
+    """Uniform actions in [-1, 1], with the signature of `behaviour_act`.
+
+    Example:
+        >>> random_act(3)(jax.random.key(0), np.zeros((2, 11), np.float32)).shape
+        (2, 3)
+    """
 
     def act(key: jax.Array, observation: np.ndarray) -> np.ndarray:
         generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))

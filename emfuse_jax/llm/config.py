@@ -195,6 +195,11 @@ def config_to_hf(config: LmConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: if the family has no such combination of biases.
+
+    Example:
+        >>> config = LmConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2)
+        >>> config_to_hf(config)["model_type"]
+        'llama'
     """
     expected_qkv = config.family == "qwen2" or config.o_bias
     if config.qkv_bias != expected_qkv or (config.family == "qwen2" and config.o_bias):
