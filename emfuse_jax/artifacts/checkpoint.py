@@ -9,6 +9,7 @@ damaged one. Kept are the newest steps and the one with the best score.
 import errno
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -75,6 +76,7 @@ def save(
         "leaves": _describe(tree),
         "config": to_json(config),
     }
+    meta["check"] = _meta_digest(meta)
     latest = max(steps(folder), default=-1)
     if latest == step and _readable_meta(folder, step).get("digest") == meta["digest"]:
         return
@@ -182,13 +184,22 @@ def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
     """What was saved beside the arrays.
 
     Returns:
-        A dict with ``step``, ``score``, ``digest``, ``leaves`` and ``config``.
+        A dict with ``step``, ``score``, ``digest``, ``leaves`` and ``config``, and their
+        own digest, ``check``.
 
     Raises:
         FileNotFoundError: if there is no such step.
         ValueError: if the file is damaged.
     """
-    return read_json(pathlib.Path(path) / str(step) / "meta" / "metadata")
+    file = pathlib.Path(path) / str(step) / "meta" / "metadata"
+    meta = read_json(file)
+    if not isinstance(meta, dict) or (
+        "check" in meta and meta["check"] != _meta_digest(meta)  # older ones have none
+    ):
+        raise ValueError(
+            f"{file}: the digest does not match: it has changed on the disk"
+        )
+    return meta
 
 
 def tree_digest(tree: Any) -> str:
@@ -206,6 +217,13 @@ def tree_digest(tree: Any) -> str:
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    """Of all but itself: a changed score would choose another best checkpoint."""
+    rest = {key: value for key, value in meta.items() if key != "check"}
+    text = json.dumps(rest, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class _DamageError(Exception):
