@@ -373,15 +373,19 @@ def main(config: GuidanceToysConfig) -> dict[str, Any]:
     """Measures, draws and writes."""
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
-    start = time.process_time()
-    results: dict[str, Any] = {
-        "linear": exact_linear(config),
-        "quadratic": exact_quadratic(config),
-        "eight": exact_eight(config),
-        "trained_linear": trained_linear(config),
-        "trained_quadratic": trained_quadratic(config),
-    }
-    results["trained_eight"], fields = trained_eight(config)
+    start, results = time.process_time(), {}
+    for name, stage in (
+        ("linear", exact_linear),
+        ("quadratic", exact_quadratic),
+        ("eight", exact_eight),
+        ("trained_linear", trained_linear),
+        ("trained_quadratic", trained_quadratic),
+        ("trained_eight", trained_eight),
+    ):
+        results[name] = stage(config)
+        spent = time.process_time() - start
+        print(f"{name}: done after {spent:.0f} CPU seconds", file=sys.stderr)
+    results["trained_eight"], fields = results["trained_eight"]
     results["cpu_seconds"] = time.process_time() - start
     if config.figure:
         toys.draw_fields(fields, config.figure)
