@@ -105,7 +105,10 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
         if isinstance(data, str) and data in _NON_FINITE:
             return _NON_FINITE[data]
         if isinstance(data, int | float) and not isinstance(data, bool):
-            return float(data)
+            try:
+                return float(data)
+            except OverflowError:  # an integer of hundreds of digits
+                return _wrong(where, data, None)
     # A bool is an int to Python, but not to a reader of configs.
     elif isinstance(data, kind) and isinstance(data, bool) == (kind is bool):
         return data
@@ -243,7 +246,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 

@@ -133,8 +133,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
     for number, line in enumerate(_rows(pathlib.Path(path)), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is damaged: it holds no row")
         rows.append({name: _decode(value) for name, value in row.items()})
     return rows
 

@@ -53,6 +53,9 @@ def _policy(module: str, config_name: str, factory_name: str) -> Kind:
     return Kind(f"emfuse_jax.policies.{module}", config_name, factory_name)
 
 
+MAX_SIZE = 2**20
+"""Of spaces and numbers of seeds, in what a file says of itself."""
+
 KINDS = {
     "adetm": Kind("emfuse_jax.dynamics", "AdetmConfig", "adetm"),
     "etm": Kind("emfuse_jax.dynamics", "EtmConfig", "etm"),
@@ -152,6 +155,44 @@ def write_description(
     write_json(pathlib.Path(path) / MODEL_FILE, description)
 
 
+def check_description(description: Any, *, inside_fusion: bool = False) -> None:
+    """What ``model.json`` must hold before anything is built or opened by it.
+
+    Raises:
+        ValueError: if a part is missing or ill-typed, or names a place outside of the run
+            directory.
+    """
+    if not isinstance(description, dict):
+        raise ValueError(f"it holds {str(description)[:100]}; expected an object")
+    kind = description.get("kind")
+    known = list(KINDS) if inside_fusion else [*KINDS, "fused"]
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(unknown_name("model", str(kind), known))
+    spec = description.get("spec")
+    if not isinstance(spec, dict) or set(spec) != set(SpaceSpec._fields):
+        raise ValueError(f"spec is {spec!r}; expected {', '.join(SpaceSpec._fields)}")
+    for name, number in {**spec, "num_seeds": description.get("num_seeds")}.items():
+        if type(number) is not int or not 1 <= number <= MAX_SIZE:
+            raise ValueError(f"{name}={number!r}; expected a size from 1 to {MAX_SIZE}")
+    if not isinstance(description.get("config"), dict):
+        raise ValueError(f"config is {description.get('config')!r}; expected an object")
+    folder = description.get("params_in")
+    if folder is not None and not (
+        isinstance(folder, str)
+        and folder not in ("", "..")
+        and folder == pathlib.PurePath(folder).name
+    ):
+        raise ValueError(
+            f"params_in={folder!r}; expected the name of a folder of the run directory"
+        )
+    if kind == "fused":
+        members = description.get("members")
+        if not isinstance(members, list) or not members:
+            raise ValueError(f"members is {members!r}; expected the experts")
+        for member in members:
+            check_description(member, inside_fusion=True)
+
+
 def build(description: dict[str, Any]) -> Any:
     """The learner (or, of a fusion, the `TransitionModel`) that a description names."""
     kind, spec = description["kind"], SpaceSpec(**description["spec"])
@@ -192,6 +233,10 @@ def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Traine
             "(what --run_dir named when it was trained)"
         )
     description = read_json(path / MODEL_FILE)
+    try:
+        check_description(description)
+    except ValueError as error:
+        raise ValueError(f"{path / MODEL_FILE}: {error}") from error
     folder = path / (description["params_in"] or "checkpoints")
     if step is None:
         step = best_step(folder)

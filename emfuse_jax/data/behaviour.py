@@ -11,6 +11,7 @@ The package's own policies lie beside this file in ``behaviour/``.
 """
 
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from emfuse_jax.base import SpaceSpec
 
 LAYERS = ("fc0", "fc1", "last_fc", "last_fc_log_std")
 LOG_STD_RANGE = (-20.0, 2.0)
+MAX_BYTES = 2**28  # far more than any such policy
 PACKAGED = pathlib.Path(__file__).parent / "behaviour"
 
 
@@ -77,8 +79,10 @@ def load_behaviour(source: str | pathlib.Path) -> Behaviour:
             f"({', '.join(packaged_behaviours()) or 'none are packaged'})"
         )
     try:
+        _check_size(path)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            # A member that is no array comes as bytes.
+            arrays = {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:
         raise ValueError(
             f"{path}: not a readable .npz of plain arrays ({error}); save one with "
@@ -154,6 +158,16 @@ def random_act(action_size: int) -> Callable[[jax.Array, np.ndarray], np.ndarray
     return act
 
 
+def _check_size(path: pathlib.Path) -> None:
+    """Zeros compress a thousandfold: what a file unpacks to is looked at first."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"it unpacks to {size} bytes; a policy has at most {MAX_BYTES}"
+        )
+
+
 def _check(arrays: Mapping[str, np.ndarray], source: str) -> Behaviour:
     names = [f"{layer}.{part}" for layer in LAYERS for part in Linear._fields]
     missing = [name for name in names if name not in arrays]
@@ -161,6 +175,11 @@ def _check(arrays: Mapping[str, np.ndarray], source: str) -> Behaviour:
         raise ValueError(
             f"{source}: {', '.join(missing)} missing (present: {', '.join(arrays)}); a "
             f"policy needs {', '.join(names)}"
+        )
+    odd = [name for name in names if arrays[name].dtype.kind not in "fiu"]
+    if odd:
+        raise ValueError(
+            f"{source}: {odd[0]} holds {arrays[odd[0]].dtype}; expected numbers"
         )
     for layer in LAYERS:
         weight, bias = arrays[f"{layer}.weight"], arrays[f"{layer}.bias"]

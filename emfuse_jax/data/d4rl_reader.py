@@ -25,6 +25,9 @@ KEYS = (
     "timeouts",
 )
 
+# Arrays may take this many bytes, and more by this factor on the file's own size.
+_ROOM, _RATIO = 2**26, 200
+
 
 def read_d4rl(path: str | pathlib.Path, *, min_length: int = 1) -> Dataset:
     """Reads a file as a checked `Dataset`.
@@ -67,12 +70,12 @@ def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         )
     try:
         with h5py.File(path, "r") as file:
-            return {
-                key: value[()]
-                for key, value in file.items()
-                if isinstance(value, h5py.Dataset)
-            }
-    except (OSError, RuntimeError, KeyError) as error:
+            found = _datasets(file)
+            _check_sizes(path, found)
+            return {key: np.asarray(dataset[()]) for key, dataset in found.items()}
+    except _RefusedError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # h5py raises what it likes on damaged files
         raise ValueError(
             f"{path}: not a whole HDF5 file, truncated perhaps ({error}); copy or "
             "download it again"
@@ -82,8 +85,13 @@ def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 def read_attributes(path: str | pathlib.Path) -> dict[str, Any]:
     """The file's attributes: how it was made."""
     h5py = _import_h5py()
-    with h5py.File(path, "r") as file:
-        return dict(file.attrs)
+    try:
+        with h5py.File(path, "r") as file:
+            return dict(file.attrs)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # as above
+        raise OSError(f"{path}: attributes cannot be read ({error})") from error
 
 
 def write_d4rl(
@@ -146,6 +154,43 @@ def dataset_arrays(dataset: Dataset) -> dict[str, np.ndarray]:
         "terminals": np.asarray(dataset.terminated),
         "timeouts": np.asarray(dataset.truncated),
     }
+
+
+class _RefusedError(Exception):
+    """Something that a file of data has no need of, and that could do harm."""
+
+
+def _datasets(file: Any) -> dict[str, Any]:
+    """The arrays at the top that lie in this very file."""
+    h5py = _import_h5py()
+    found = {}
+    for key in file:
+        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+            raise _RefusedError(
+                f"{key!r} is a link; copy the array that it points to into the file"
+            )
+        value = file[key]
+        if not isinstance(value, h5py.Dataset):
+            continue
+        if value.is_virtual or value.external:
+            raise _RefusedError(
+                f"the values of {key!r} lie in other files; copy them into this one"
+            )
+        found[key] = value
+    return found
+
+
+def _check_sizes(path: str | pathlib.Path, found: Mapping[str, Any]) -> None:
+    """Before anything is allocated: a few bytes can claim to be an array of terabytes."""
+    size = sum(
+        int(dataset.size or 0) * dataset.dtype.itemsize for dataset in found.values()
+    )
+    stored = pathlib.Path(path).stat().st_size
+    if size > _ROOM + _RATIO * stored:
+        raise _RefusedError(
+            f"its arrays claim {size} bytes, the file has {stored}; it is damaged, or "
+            "compressed beyond what data are"
+        )
 
 
 def _derive_next(given: dict[str, Any], source: str) -> dict[str, Any]:

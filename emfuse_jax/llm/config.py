@@ -253,7 +253,10 @@ def _refuse(data: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act={data['hidden_act']!r}; only 'silu' is supported")
     if data.get("mlp_bias"):
         raise ValueError("mlp_bias=true: biases in the gated layer are not supported")
-    types = {str(kind) for kind in data.get("layer_types") or ()} - {"full_attention"}
+    layers = data.get("layer_types") or ()
+    if not isinstance(layers, list | tuple):
+        raise ValueError(f"layer_types={layers!r}; expected a list")
+    types = {str(kind) for kind in layers} - {"full_attention"}
     # Qwen's configs state a window that use_sliding_window=false switches off.
     window = data["model_type"] == "llama" and data.get("sliding_window") is not None
     if data.get("use_sliding_window") or types or window:
@@ -338,7 +341,9 @@ def _yarn_defaults(data: Mapping[str, Any], settings: dict[str, Any]) -> None:
     some, all_ = settings.pop("mscale", None), settings.pop("mscale_all_dim", None)
     if some and all_ and "attention_factor" not in settings:
         growth = 0.1 * math.log(max(_number(settings, "factor"), 1.0))
-        settings["attention_factor"] = (growth * some + 1.0) / (growth * all_ + 1.0)
+        given = {"mscale": some, "mscale_all_dim": all_}
+        above, below = (growth * _number(given, key) + 1.0 for key in given)
+        settings["attention_factor"] = above / below
 
 
 def _whole(data: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -356,7 +361,10 @@ def _number(data: Mapping[str, Any], key: str, default: float | None = None) -> 
     value = data.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{key}={value!r}; expected a positive number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{key} is too large for a number") from error
 
 
 def _flag(data: Mapping[str, Any], key: str) -> bool:

@@ -5,9 +5,10 @@ named in the alphabet of byte-level tokenizers (Radford et al. 2019), which give
 a printable letter: the byte tokenizer and a byte-level BPE can be aligned by name.
 """
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from emfuse_jax.llm._chat import render_chat
@@ -18,6 +19,7 @@ _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _SPECIAL = ("bos", "eos", "pad", "unk")
 END_OF_TEXT = "<|endoftext|>"
+_MAX_GAP = 100_000  # ids without a token
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: dicts with ``role`` and ``content``."""
@@ -122,6 +124,8 @@ class HfTokenizer:
         for name in _SPECIAL:
             token = settings.get(f"{name}_token")
             token = token.get("content") if isinstance(token, Mapping) else token
+            if not (token is None or isinstance(token, str)):
+                raise ValueError(f"{name}_token={token!r}; expected a string")
             if token is not None:
                 self._names[f"{name}_token"] = token
         ids = {
@@ -138,6 +142,11 @@ class HfTokenizer:
         )
         by_name = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(by_name.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(by_name) + _MAX_GAP:
+            raise ValueError(
+                f"the highest id is {self.vocab_size - 1}, but there are "
+                f"{len(by_name)} tokens; {_FILE} is damaged"
+            )
         # The dict is not in the order of ids, and ids may have gaps.
         self._vocab = [f"<|unused_{i}|>" for i in range(self.vocab_size)]
         for token, number in by_name.items():
@@ -145,12 +154,14 @@ class HfTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Special tokens spelt out in the text become those tokens, as in transformers."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        with _told_as_ours():
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Ids past the last token, which padded models have, are left out."""
         known = [int(i) for i in ids if i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=not special)
+        with _told_as_ours():
+            return self._tokenizer.decode(known, skip_special_tokens=not special)
 
     def vocab(self) -> list[str]:
         """The names of tokens, by id."""
@@ -220,7 +231,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the package raises bare Exceptions
+    except BaseException as error:  # the package raises bare Exceptions, and panics
+        _reraise_ours(error)
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
     try:
         return HfTokenizer(tokenizer, _settings(folder))
@@ -232,6 +244,23 @@ def find_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
     """`load_tokenizer`, or None where the folder has none."""
     found = (pathlib.Path(folder) / _FILE).is_file()
     return load_tokenizer(folder) if found else None
+
+
+@contextlib.contextmanager
+def _told_as_ours() -> Iterator[None]:
+    """A tokenizer that loads may still be one that cannot work."""
+    try:
+        yield
+    except BaseException as error:
+        _reraise_ours(error)
+        raise ValueError(f"the tokenizer cannot do this: {error}") from error
+
+
+def _reraise_ours(error: BaseException) -> None:
+    """Raises what is not the package's: its panics are no Exceptions."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return
+    raise error
 
 
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
