@@ -72,7 +72,7 @@ class EbtBenchmarkConfig:
     """
 
     seeds: int = 3
-    toy_steps: int = 1200
+    toy_steps: int = 2000
     clone_steps: int = 2000
     diffusion_updates: int = 4
     batch_size: int = 64
@@ -85,7 +85,7 @@ class EbtBenchmarkConfig:
     chunk: chunks.ChunkConfig = chunks.ChunkConfig(  # noqa: RUF009
         num_frames=2, horizon=4, execute=2
     )
-    num_starts: int = 4
+    num_starts: int = 8
     tasks: tuple[str, ...] = ("regression", "two_modes", "hopper")
     rows: int = 20_000
     behaviour: str = "hopper_medium"
@@ -234,7 +234,14 @@ def two_mode_study(config: EbtBenchmarkConfig) -> dict[str, Any]:
     """Shares of sampled actions inside a mode, and of each mode."""
     held_out = two_modes(jax.random.key(7), 2000)
     steps = config.toy_steps
-    several = ours(config, steps, num_starts=config.num_starts)
+    several = ours(
+        config,
+        steps,
+        num_starts=config.num_starts,
+        extra_steps=2,
+        step_size_spread=1.5,
+        act_steps=10,
+    )
     policies = {
         "ours": ebt_policy(several, TOY),
         "ours, one start": ebt_policy(ours(config, steps), TOY),
