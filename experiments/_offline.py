@@ -137,8 +137,8 @@ def train_offline(config: Any) -> dict[str, Any]:
 def _fit(
     run: Any, config: Any, policy: Policy, dataset: Dataset, env: Any, facts: Any
 ) -> None:
-    def init(key: jax.Array, data: Dataset) -> Any:
-        return initial_state(policy, key, data, config.plan)
+    def init(key: jax.Array, options: dict[str, Any]) -> Any:
+        return policy.init(key, **options)
 
     def sample_batch(key: jax.Array, data: Dataset) -> Transition:
         rows = jax.random.randint(key, (config.batch_size,), 0, data.age.shape[0])
@@ -146,11 +146,12 @@ def _fit(
 
     one = config.num_seeds == 1
     key_init, key_fit = _policy_run.seed_keys(config.seed, config.num_seeds)
+    options = init_options(policy, dataset, config.plan)
     start = jax.jit(init if one else jax.vmap(init, in_axes=(0, None)))
     run.fit(
         key_fit[0] if one else key_fit,
         policy,
-        start(key_init[0] if one else key_init, dataset),
+        start(key_init[0] if one else key_init, options),
         sample_batch,
         config.num_updates,
         data=dataset,
@@ -163,20 +164,20 @@ def _fit(
     )
 
 
-def initial_state(
-    policy: Policy, key: jax.Array, dataset: Dataset, plan: ChunkConfig = ONE_STEP
-) -> Any:
-    """``policy.init``, with a normaliser of the data's observations and the box of its
-    actions where it takes them."""
+def init_options(
+    policy: Policy, dataset: Dataset, plan: ChunkConfig = ONE_STEP
+) -> dict[str, Any]:
+    """Of ``policy.init``: a normaliser of the data's observations and the box of its
+    actions, where it takes them. On the host: the box is checked."""
     takes = inspect.signature(policy.init).parameters
     options: dict[str, Any] = {}
     if "normalizer" in takes:
-        rows = jnp.arange(dataset.age.shape[0])
+        rows = np.arange(len(dataset.age))
         chunks = gather_chunks(dataset, rows, plan)
         options["normalizer"] = fit_normalizer(chunks.observation)
         if "box" in takes:
             options["box"] = action_box(chunks.action)
-    return policy.init(key, **options)
+    return options
 
 
 def scale_rewards(dataset: Dataset, return_range: float | None) -> Dataset:

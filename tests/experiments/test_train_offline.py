@@ -120,9 +120,11 @@ def test_every_method_of_the_table_initialises_updates_and_acts():
         data = artifacts.from_json(type(own), artifacts.to_json(own))
         assert data == own
 
-        def one_step(key, dataset, policy=policy):
+        options = _offline.init_options(policy, dataset)
+
+        def one_step(key, dataset, policy=policy, options=options):
             keys = jax.random.split(key, 3)
-            state = _offline.initial_state(policy, keys[0], dataset)
+            state = policy.init(keys[0], **options)
             batch = gather_transition(dataset, jnp.arange(rows))
             state, metrics = policy.update(keys[1], state, batch)
             return policy.act(state.params, keys[2], batch.observation), metrics
