@@ -251,7 +251,7 @@ def _load_maze(map_name: str) -> tuple[Any, Any]:
     mujoco = importlib.import_module("mujoco")
     maps = importlib.import_module("gymnasium_robotics.envs.maze.maps")
     mazes = importlib.import_module("gymnasium_robotics.envs.maze.maze_v4")
-    assets = pathlib.Path(mazes.__file__).parents[1] / "assets"
+    assets = pathlib.Path(str(mazes.__file__)).parents[1] / "assets"
     maze, path = mazes.Maze.make_maze(
         str(assets / "point" / "point.xml"), getattr(maps, map_name), 1.0, 0.4
     )

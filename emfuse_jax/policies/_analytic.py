@@ -33,8 +33,8 @@ class PosteriorMoments(NamedTuple):
     action_square: Float[Array, ""]
     noise_square: Float[Array, "bin"]
     deviation: Float[Array, "bin"]
-    count: Int[Array, ""]
-    bin_count: Int[Array, "bin"]
+    num_batches: Int[Array, ""]
+    bin_batches: Int[Array, "bin"]
 
 
 def first_order_energy(
@@ -67,7 +67,8 @@ def first_order_energy(
     """
     linear = value + jnp.sum(gradient * offset, axis=-1)
     spread = variance * jnp.sum(jnp.square(gradient), axis=-1)
-    return -inverse_temperature * (linear + 0.5 * inverse_temperature * spread)
+    beta = jnp.asarray(inverse_temperature)
+    return -beta * (linear + 0.5 * beta * spread)
 
 
 def second_order_energy(
@@ -95,7 +96,7 @@ def second_order_energy(
         variance: ``v`` of each row.
         inverse_temperature: ``β``.
     """
-    beta = inverse_temperature
+    beta = jnp.asarray(inverse_temperature)
     eigenvalue, basis = jnp.linalg.eigh(-hessian)
     eigenvalue = jnp.maximum(eigenvalue, 0.0)
 
@@ -158,8 +159,9 @@ def linear_variance(
 ) -> Float[Array, "*batch"]:
     """``V σ² / (α² V + σ²)``: of Gaussian actions with variance ``V``; others have less."""
     alpha, sigma = _vp.alpha_sigma(time)
-    total = jnp.square(alpha) * action_variance + jnp.square(sigma)
-    return action_variance * jnp.square(sigma) / total
+    variance = jnp.asarray(action_variance)
+    total = jnp.square(alpha) * variance + jnp.square(sigma)
+    return variance * jnp.square(sigma) / total
 
 
 def init_moments(num_bins: int, action_size: int) -> PosteriorMoments:
@@ -177,8 +179,8 @@ def init_moments(num_bins: int, action_size: int) -> PosteriorMoments:
         action_square=jnp.zeros(()),
         noise_square=bins,
         deviation=jnp.zeros(num_bins),
-        count=none,
-        bin_count=jnp.zeros(num_bins, jnp.int32),
+        num_batches=none,
+        bin_batches=jnp.zeros(num_bins, jnp.int32),
     )
 
 
@@ -201,7 +203,7 @@ def update_moments(
         time: ``t``; bins without a row keep what they have.
         rate: of the moving averages.
     """
-    weight = jnp.maximum(rate, 1.0 / (moments.count + 1.0))
+    weight = jnp.maximum(rate, 1.0 / (moments.num_batches + 1.0))
     mean = moments.action_mean + weight * (
         jnp.mean(action, axis=0) - moments.action_mean
     )
@@ -210,7 +212,7 @@ def update_moments(
     num_bins = moments.noise_square.size
     index = jnp.clip((time * num_bins).astype(jnp.int32), 0, num_bins - 1)
     rows = jnp.zeros(num_bins).at[index].add(1.0)
-    bin_weight = jnp.maximum(rate, 1.0 / (moments.bin_count + 1.0))
+    bin_weight = jnp.maximum(rate, 1.0 / (moments.bin_batches + 1.0))
 
     def fold(average: jax.Array, value: jax.Array) -> jax.Array:
         batch = jnp.zeros(num_bins).at[index].add(value) / jnp.maximum(rows, 1.0)
@@ -222,8 +224,8 @@ def update_moments(
         action_square=square,
         noise_square=fold(moments.noise_square, jnp.mean(jnp.square(noise), axis=-1)),
         deviation=fold(moments.deviation, far),
-        count=moments.count + 1,
-        bin_count=moments.bin_count + (rows > 0),
+        num_batches=moments.num_batches + 1,
+        bin_batches=moments.bin_batches + (rows > 0),
     )
 
 

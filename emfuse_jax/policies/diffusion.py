@@ -379,5 +379,5 @@ def moving_average(
     weights: Params, average: Params, step: jax.Array, rate: float
 ) -> Params:
     """The mean of all weights so far, until that would forget slower than ``rate``."""
-    rate = jnp.maximum(rate, 1.0 / (step + 1.0))
-    return optax.incremental_update(weights, average, rate)
+    share: Any = jnp.maximum(rate, 1.0 / (step + 1.0))
+    return optax.incremental_update(weights, average, share)

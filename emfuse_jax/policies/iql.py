@@ -322,7 +322,8 @@ def iql(config: IqlConfig, spec: SpaceSpec) -> Policy:
         return IqlState(params, optimizer.init(params), critics.init(key_critics))
 
     def log_prob(params: Params, observation: Any, action: Any) -> jax.Array:
-        return distributions.log_prob(*actor.apply(params, observation), action)
+        mean, log_std = actor.apply(params, observation)
+        return distributions.log_prob(mean, log_std, action)
 
     def update(
         key: jax.Array, state: IqlState, batch: Transition

@@ -77,7 +77,8 @@ def max_step_size(curvature: ArrayLike, momentum: ArrayLike = 0.0) -> jax.Array:
         2.000 1.357
     """
     _check_momentum(momentum)
-    return (2.0 + 2.0 * momentum) / (1.0 + 2.0 * momentum) / jnp.asarray(curvature)
+    mu = jnp.asarray(momentum)
+    return (2.0 + 2.0 * mu) / (1.0 + 2.0 * mu) / jnp.asarray(curvature)
 
 
 def descent(
@@ -151,7 +152,7 @@ def descent(
         size = jnp.broadcast_to(jnp.asarray(step_size, energy.dtype), energy.shape)
         if energy_scaled:
             size = size * jnp.exp(energy)
-        velocity = momentum * velocity - size[..., None] * gradient
+        velocity = jnp.asarray(momentum) * velocity - size[..., None] * gradient
         norm = jnp.linalg.norm(jax.lax.stop_gradient(gradient), axis=-1)
         moved = DescentState(position + velocity, velocity, state.step + 1)
         return moved, DescentInfo(energy, norm)
@@ -212,8 +213,8 @@ def minimize(
         info = select(active, seen, info)
         finite = jnp.all(jnp.isfinite(moved.position), axis=-1)
         active = active & (seen.gradient_norm > tolerance) & finite
-        rows = select(active, moved[:2], state[:2])
-        state = DescentState(*rows, moved.step)
+        position, velocity = select(active, moved[:2], state[:2])
+        state = DescentState(position, velocity, moved.step)
         return state, info, active, num_steps + active, start_energy
 
     batch = position.shape[:-1]
