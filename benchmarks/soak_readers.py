@@ -92,7 +92,11 @@ class Tally:
 
 
 def soak(config: SoakConfig) -> dict[str, Any]:
-    """Reads everything, writes the result and returns it."""
+    """Reads everything, writes the result and returns it.
+
+    Processes are forked: to be called before jax has started its devices' threads, and
+    once, since the provenance starts them.
+    """
     results = {}
     for name in config.readers or readers.READERS:
         started = time.monotonic()
@@ -142,8 +146,11 @@ def _work(
     receiver, sender = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(receiver)
-        _child(name, config, wholes, folder, range(first, end), sender)
+        try:
+            os.close(receiver)
+            _child(name, config, wholes, folder, range(first, end), sender)
+        finally:
+            os._exit(1)  # whatever happens, never on as a second parent
     os.close(sender)
     index, hung = first, False
     with os.fdopen(receiver, "rb") as answers:
