@@ -243,10 +243,10 @@ def _first_step(maze_map: Any, start: Cell, end: Cell) -> Cell:
 def _load_maze(map_name: str) -> tuple[Any, Any]:
     """gymnasium-robotics' maze, and the MuJoCo model that it writes to a file."""
     try:
-        import gymnasium_robotics  # noqa: F401
+        importlib.import_module("gymnasium_robotics")
     except ImportError as error:
         raise ImportError(
-            "PointMaze needs gymnasium-robotics; pip install gymnasium-robotics"
+            "PointMaze needs gymnasium-robotics; pip install emfuse_jax[envs]"
         ) from error
     mujoco = importlib.import_module("mujoco")
     maps = importlib.import_module("gymnasium_robotics.envs.maze.maps")
