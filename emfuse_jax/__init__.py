@@ -25,6 +25,7 @@ from emfuse_jax.dynamics import (
     EnsembleConfig,
     EtmConfig,
     FusionConfig,
+    McetmConfig,
     SamplingConfig,
     adetm,
     etm,
@@ -32,6 +33,7 @@ from emfuse_jax.dynamics import (
     fuse_dynamics,
     gaussian_ensemble,
     historical_slice_uncertainty,
+    mcetm,
     rollout,
     sample_windows,
     uncertainty_weights,
@@ -50,9 +52,16 @@ from emfuse_jax.loops import fit, run_sampler, scan_steps
 from emfuse_jax.losses import contrastive_divergence, info_nce, ranking_nce
 from emfuse_jax.merging import model_soup, regmean
 from emfuse_jax.parallel import data_parallel, shard_rows, shard_seeds
+from emfuse_jax.policies.aepo import AepoConfig, aepo
 from emfuse_jax.policies.bc import BcConfig, bc
+from emfuse_jax.policies.diffusion import DiffusionConfig, diffusion
+from emfuse_jax.policies.ebt import EbtConfig, ebt_policy
+from emfuse_jax.policies.fused import fuse_policies
+from emfuse_jax.policies.ibc import IbcConfig, ibc
+from emfuse_jax.policies.iql import IqlConfig, iql
 from emfuse_jax.policies.model_based import ModelBasedConfig, model_based
 from emfuse_jax.policies.online import OnlineConfig, online
+from emfuse_jax.policies.qgpo import QgpoConfig, qgpo
 from emfuse_jax.policies.sac import SacConfig, sac
 from emfuse_jax.samplers import annealed_langevin, from_blackjax, run_chains, ula
 
@@ -60,21 +69,28 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AdetmConfig",
+    "AepoConfig",
     "BcConfig",
     "Buffer",
     "Dataset",
+    "DiffusionConfig",
     "Dynamics",
+    "EbtConfig",
     "EnsembleConfig",
     "Environment",
     "EtmConfig",
     "FusionConfig",
     "History",
+    "IbcConfig",
+    "IqlConfig",
     "Learner",
+    "McetmConfig",
     "ModelBasedConfig",
     "Network",
     "OnlineConfig",
     "Policy",
     "Prediction",
+    "QgpoConfig",
     "SacConfig",
     "Sampler",
     "SamplingConfig",
@@ -83,6 +99,7 @@ __all__ = [
     "Transition",
     "TransitionModel",
     "adetm",
+    "aepo",
     "annealed_langevin",
     "artifacts",
     "bc",
@@ -91,6 +108,8 @@ __all__ = [
     "contrastive_divergence",
     "data",
     "data_parallel",
+    "diffusion",
+    "ebt_policy",
     "energy",
     "energy_from_logits",
     "etm",
@@ -98,14 +117,18 @@ __all__ = [
     "fit_scales",
     "from_blackjax",
     "fuse_dynamics",
+    "fuse_policies",
     "gaussian_ensemble",
     "historical_slice_uncertainty",
+    "ibc",
     "info_nce",
+    "iql",
     "iqm",
     "load_dataset",
     "load_run",
     "log_opinion_pool",
     "losses",
+    "mcetm",
     "model_based",
     "model_soup",
     "normalized_score",
@@ -113,6 +136,7 @@ __all__ = [
     "parallel",
     "pool_energies",
     "pool_gaussians",
+    "qgpo",
     "ranking_nce",
     "regmean",
     "rollout",
