@@ -12,6 +12,7 @@ given throughout: what is tested is the guidance.
 
 import dataclasses
 import os
+import pathlib
 import sys
 import time
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 
 from benchmarks import _guidance as toys
 from benchmarks import _timing as timing
-from emfuse_jax import loops, tree
+from emfuse_jax import artifacts, loops, tree
 from emfuse_jax.base import SpaceSpec
 from emfuse_jax.nets.denoiser import DenoiserConfig
 from emfuse_jax.policies import _analytic, _vp
@@ -40,6 +41,15 @@ FIELD_TIME = 0.2
 STRENGTHS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """``β h s²`` of the quadratic problem."""
 
+PARTS = (
+    "exact_linear",
+    "exact_quadratic",
+    "exact_eight",
+    "trained_linear",
+    "trained_quadratic",
+    "trained_eight",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidanceToysConfig:
@@ -47,7 +57,8 @@ class GuidanceToysConfig:
 
     Attributes:
         seeds: trained together.
-        linear_steps: updates on the linear and the quadratic problem.
+        linear_steps: updates on the linear problem.
+        quadratic_steps: updates on the quadratic problem.
         eight_steps: updates on the eight modes.
         hidden: widths of all networks.
         batch_size: actions per update.
@@ -55,13 +66,15 @@ class GuidanceToysConfig:
         draws: of a posterior, for log-mean-exp.
         samples: actions per law.
         exact_steps: solver steps with closed forms.
+        parts: what to measure; what else the output holds already is kept.
         output: the JSON file to write.
         figure: the PNG of guidance fields; empty: none.
         smoke: tiny sizes, to see that everything runs.
     """
 
     seeds: int = 3
-    linear_steps: int = 2500
+    linear_steps: int = 6000
+    quadratic_steps: int = 2500
     eight_steps: int = 6000
     hidden: tuple[int, ...] = (128, 128, 128)
     batch_size: int = 256
@@ -69,14 +82,21 @@ class GuidanceToysConfig:
     draws: int = 2_000_000
     samples: int = 20_000
     exact_steps: int = 500
+    parts: tuple[str, ...] = PARTS
     output: str = "benchmarks/results/guidance_toys.json"
     figure: str = ""
     smoke: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise ValueError(f"parts={self.parts}; expected some of {', '.join(PARTS)}")
 
 
 SMOKE = {
     "seeds": 2,
     "linear_steps": 4,
+    "quadratic_steps": 4,
     "eight_steps": 4,
     "hidden": (8,),
     "batch_size": 16,
@@ -216,30 +236,26 @@ def guidance(config: GuidanceToysConfig, steps: int) -> GuidanceConfig:
 
 def trained_linear(config: GuidanceToysConfig) -> dict[str, Any]:
     """(c): direction and size of the trained guidance, and where actions go."""
-    result = {}
-    for point in ("data", "posterior_mean"):
-        settings = AepoConfig(
-            behaviour=behaviour(config, config.linear_steps),
-            guidance=guidance(config, config.linear_steps),
-            inverse_temperature=toys.BETA,
-            normalize_values=False,
-            expand_at=point,
-        )
-        spec = SpaceSpec(1, 3)
-        critics = toys.known_critics(toys.linear_value)
-        policy = aepo(settings, spec, critics=critics)
-        states, seconds = train(policy, toys.linear_batch, config, config.linear_steps)
-        model = aepo_model(settings, spec)
-        result[point] = {
-            "cpu_seconds": seconds,
-            "target": toys.LINEAR_TARGET[0].tolist(),
-            "field": [guidance_error(model, state.params) for state in states],
-            "laws": [
-                moments(sample(model, state.params, 3, config, num_steps=60))
-                for state in states
-            ],
-        }
-    return result
+    settings = AepoConfig(
+        behaviour=behaviour(config, config.linear_steps),
+        guidance=guidance(config, config.linear_steps),
+        inverse_temperature=toys.BETA,
+        normalize_values=False,
+    )
+    spec = SpaceSpec(1, 3)
+    critics = toys.known_critics(toys.linear_value)
+    policy = aepo(settings, spec, critics=critics)
+    states, seconds = train(policy, toys.linear_batch, config, config.linear_steps)
+    model = aepo_model(settings, spec)
+    return {
+        "cpu_seconds": seconds,
+        "target": toys.LINEAR_TARGET[0].tolist(),
+        "field": [guidance_error(model, state.params) for state in states],
+        "laws": [
+            moments(sample(model, state.params, 3, config, num_steps=60))
+            for state in states
+        ],
+    }
 
 
 def guidance_error(model: Any, params: Any) -> dict[str, Any]:
@@ -283,15 +299,15 @@ def trained_quadratic(config: GuidanceToysConfig) -> dict[str, Any]:
     }
     for expansion in ("gradient", "curvature"):
         settings = AepoConfig(
-            behaviour=behaviour(config, config.linear_steps),
-            guidance=guidance(config, config.linear_steps),
+            behaviour=behaviour(config, config.quadratic_steps),
+            guidance=guidance(config, config.quadratic_steps),
             inverse_temperature=toys.BETA,
             normalize_values=False,
             expansion=expansion,
         )
         spec = SpaceSpec(1, 1)
         policy = aepo(settings, spec, critics=critics)
-        states, _ = train(policy, batch, config, config.linear_steps)
+        states, _ = train(policy, batch, config, config.quadratic_steps)
         model = aepo_model(settings, spec)
         result[expansion] = [
             moments(sample(model, state.params, 1, config, num_steps=60))
@@ -369,30 +385,36 @@ def field(model: Any, params: Any, title: str, config: Any) -> dict[str, Any]:
     }
 
 
+def _kept(config: GuidanceToysConfig) -> dict[str, Any]:
+    """Results of other parts in the output, in the order of `PARTS`."""
+    path = pathlib.Path(config.output)
+    if not config.output or not path.exists():
+        return {}
+    found = artifacts.read_json(path)["results"]
+    return {part: found[part] for part in PARTS if part in found}
+
+
 def main(config: GuidanceToysConfig) -> dict[str, Any]:
     """Measures, draws and writes."""
     if config.smoke:
         config = dataclasses.replace(config, **SMOKE)
-    start, results = time.process_time(), {}
-    for name, stage in (
-        ("linear", exact_linear),
-        ("quadratic", exact_quadratic),
-        ("eight", exact_eight),
-        ("trained_linear", trained_linear),
-        ("trained_quadratic", trained_quadratic),
-        ("trained_eight", trained_eight),
-    ):
-        results[name] = stage(config)
+    results = _kept(config)
+    for part in config.parts:
+        start = time.process_time()
+        found = globals()[part](config)
+        if part == "trained_eight":
+            found, fields = found
+            if config.figure:
+                toys.draw_fields(fields, config.figure)
         spent = time.process_time() - start
-        print(f"{name}: done after {spent:.0f} CPU seconds", file=sys.stderr)
-    results["trained_eight"], fields = results["trained_eight"]
-    results["cpu_seconds"] = time.process_time() - start
-    if config.figure:
-        toys.draw_fields(fields, config.figure)
-    question = (__doc__ or "").removeprefix("r").partition("\n")[0]
+        commit = artifacts.provenance()["commit"]
+        results[part] = {"result": found, "cpu_seconds": spent, "commit": commit}
+        print(f"{part}: {spent:.0f} CPU seconds", file=sys.stderr)
+    question = (__doc__ or "").partition("\n")[0]
     document = timing.write(config.output, question, config, {}, results)
-    for name, rows in results["trained_eight"].items():
-        distances = [round(row["total_variation"], 4) for row in rows["guided"]]
+    rows = results.get("trained_eight", {"result": {}})["result"]
+    for name, row in rows.items():
+        distances = [round(law["total_variation"], 4) for law in row["guided"]]
         print(f"{name}: total variation from the exact weights, per seed: {distances}")
     return document
 

@@ -41,9 +41,8 @@ def test_the_document_is_written_and_the_fields_are_drawn(tmp_path, monkeypatch)
         }
     }
     rows = {"split": {"guided": [{"total_variation": 0.01}]}}
-    for name in ("exact_linear", "exact_quadratic", "exact_eight", "trained_linear"):
-        monkeypatch.setattr(guidance_toys, name, lambda config: {})
-    monkeypatch.setattr(guidance_toys, "trained_quadratic", lambda config: {})
+    for name in guidance_toys.PARTS:
+        monkeypatch.setattr(guidance_toys, name, lambda config: {"mean": 0.5})
     monkeypatch.setattr(guidance_toys, "trained_eight", lambda config: (rows, fields))
     output, figure = tmp_path / "toys.json", tmp_path / "toys.png"
     argv = ["guidance_toys", "--smoke", f"--output={output}", f"--figure={figure}"]
@@ -51,8 +50,21 @@ def test_the_document_is_written_and_the_fields_are_drawn(tmp_path, monkeypatch)
     assert run_main(guidance_toys.main, config, argv) == 0
     document = json.loads(output.read_text())
     assert document["question"].startswith("Is energy guidance exact")
-    assert document["results"]["trained_eight"] == rows
+    assert list(document["results"]) == list(guidance_toys.PARTS)
+    assert document["results"]["trained_eight"]["result"] == rows
     assert figure.stat().st_size > 1000
+    # One part alone leaves the others as they were.
+    monkeypatch.setattr(guidance_toys, "exact_linear", lambda config: {"mean": 0.7})
+    argv = [*argv[:-1], "--parts=exact_linear"]
+    assert run_main(guidance_toys.main, config, argv) == 0
+    after = json.loads(output.read_text())["results"]
+    assert after.pop("exact_linear")["result"] == {"mean": 0.7}
+    assert after == {k: document["results"][k] for k in guidance_toys.PARTS[1:]}
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="expected some of exact_linear"):
+        guidance_toys.GuidanceToysConfig(parts=("exact",))
 
 
 def test_the_eight_modes_are_told_apart():
