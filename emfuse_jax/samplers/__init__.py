@@ -13,6 +13,14 @@ from emfuse_jax.samplers.derivative_free import (
     derivative_free,
     lowest_energy,
 )
+from emfuse_jax.samplers.descent import (
+    Descended,
+    DescentInfo,
+    DescentState,
+    descent,
+    max_step_size,
+    minimize,
+)
 from emfuse_jax.samplers.langevin import (
     LangevinInfo,
     LangevinState,
@@ -23,17 +31,23 @@ from emfuse_jax.samplers.langevin import (
 )
 
 __all__ = [
+    "Descended",
+    "DescentInfo",
+    "DescentState",
     "LangevinInfo",
     "LangevinState",
     "PopulationInfo",
     "PopulationState",
     "annealed_langevin",
     "derivative_free",
+    "descent",
     "effective_sample_size",
     "etm_langevin",
     "etm_schedule",
     "from_blackjax",
     "lowest_energy",
+    "max_step_size",
+    "minimize",
     "potential_scale_reduction",
     "run_chains",
     "ula",
