@@ -123,9 +123,12 @@ def features(observation: jax.Array) -> jax.Array:
 def demonstrations(config: ParticleStudyConfig, dims: int) -> Dataset:
     """The oracle's successful episodes, one after another."""
     oracle = particle_oracle(switch_distance=config.switch_distance)
+    # As long as the longest episodes of the evaluation: rest at the second goal, of which
+    # 50 steps hold little, would look like a start otherwise.
+    recorded = ParticleConfig(num_dims=dims, num_steps=config.pushed_steps)
     collect = jax.jit(
         lambda key: collect_demonstrations(
-            key, ParticleConfig(num_dims=dims), config.demonstrations, oracle=oracle
+            key, recorded, config.demonstrations, oracle=oracle
         )
     )
     steps, succeeded = collect(jax.random.key(config.seed))
