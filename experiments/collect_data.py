@@ -51,6 +51,20 @@ from experiments._progress import Progress
 from experiments._run import run_main
 
 
+def check_recording(kind: str, out: str, noise: float) -> None:
+    """What every recording's settings have to be.
+
+    Raises:
+        ValueError: for an unknown format, no name, or a noise below 0.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"format={kind!r}; expected one of {', '.join(FORMATS)}")
+    if not out:
+        raise ValueError("out is empty; name a file, or for minari an id")
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise={noise}; expected a finite factor of 0 or more")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """Settings of one recording.
@@ -97,19 +111,10 @@ class CollectConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(
-                f"format={self.format!r}; expected one of {', '.join(FORMATS)}"
-            )
-        if not self.out:
-            raise ValueError("out is empty; name a file, or for minari an id")
+        check_recording(self.format, self.out, self.noise)
         low, high = self.speed_range
         if not low < high:
             raise ValueError(f"min_speed={low} must be below max_speed={high}")
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise ValueError(
-                f"noise={self.noise}; expected a finite factor of 0 or more"
-            )
 
     @property
     def speed_range(self) -> tuple[float, float]:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import jax
 
 from emfuse_jax.data.behaviour import random_act
-from emfuse_jax.data.load import FORMATS
 from emfuse_jax.envs.pointmaze import PointMazeBatch, waypoint_act
 from emfuse_jax.evaluation.episodes import ActFn, collect
 from experiments import collect_data
@@ -58,14 +57,7 @@ class CollectPointMazeConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(
-                f"format={self.format!r}; expected one of {', '.join(FORMATS)}"
-            )
-        if not self.out:
-            raise ValueError("out is empty; name a file, or for minari an id")
-        if not 0.0 <= self.noise < float("inf"):
-            raise ValueError(f"noise={self.noise}; expected a finite 0 or more")
+        collect_data.check_recording(self.format, self.out, self.noise)
 
     @property
     def version(self) -> str:

@@ -22,7 +22,11 @@ from emfuse_jax.data.dataset import (
 )
 from emfuse_jax.data.load import load_dataset
 from emfuse_jax.data.minari_reader import read_minari, write_minari
-from emfuse_jax.data.normalizer import Normalizer, fit_normalizer
+from emfuse_jax.data.normalizer import (
+    Normalizer,
+    fit_normalizer,
+    identity_normalizer,
+)
 from emfuse_jax.data.synthetic import Law, bump, linear_gaussian
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "fit_normalizer",
     "gather_history",
     "gather_transition",
+    "identity_normalizer",
     "linear_gaussian",
     "load_behaviour",
     "load_dataset",

@@ -21,6 +21,16 @@ class Normalizer(NamedTuple):
     scale: Float[Array, "*row"]
 
 
+def identity_normalizer(size: int) -> Normalizer:
+    """The normaliser that changes nothing, for rows of ``size`` columns.
+
+    Example:
+        >>> apply(identity_normalizer(2), jnp.array([3.0, 4.0])).tolist()
+        [3.0, 4.0]
+    """
+    return Normalizer(jnp.zeros(size), jnp.ones(size))
+
+
 def fit_normalizer(
     x: Any, *, kind: str = "standard", quantile: float | None = None, axis: int = 0
 ) -> Normalizer:

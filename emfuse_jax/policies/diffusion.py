@@ -316,7 +316,7 @@ def diffusion(
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> DiffusionState:
         size = spec.observation_size
         if normalizer is None:
-            normalizer = Normalizer(jnp.zeros(size), jnp.ones(size))
+            normalizer = normalization.identity_normalizer(size)
         params = network.init(
             key, jnp.zeros(spec.action_size), jnp.zeros(()), jnp.zeros(size)
         )

@@ -122,7 +122,7 @@ def ebt_policy(
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> EbtState:
         size = spec.observation_size
         if normalizer is None:
-            normalizer = Normalizer(jnp.zeros(size), jnp.ones(size))
+            normalizer = normalization.identity_normalizer(size)
         weights = network.init(key, jnp.zeros(size), jnp.zeros(spec.action_size))
         return EbtState(
             params=EbtParams(jax.tree.map(jnp.copy, weights), normalizer),

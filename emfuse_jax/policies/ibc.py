@@ -242,7 +242,7 @@ def ibc(
     ) -> IbcState:
         one, size = jnp.ones(spec.action_size), spec.observation_size
         if normalizer is None:
-            normalizer = Normalizer(jnp.zeros(size), jnp.ones(size))
+            normalizer = normalization.identity_normalizer(size)
         energy = network.init(key, jnp.zeros(size), one)
         box = ActionBox(-one, one) if box is None else box
         params = IbcParams(energy, normalizer, box)

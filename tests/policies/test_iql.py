@@ -9,8 +9,7 @@ from scipy import optimize, stats
 
 from emfuse_jax import tree
 from emfuse_jax.envs import toy
-from emfuse_jax.envs.base import auto_reset
-from emfuse_jax.loops import fit, scan_steps
+from emfuse_jax.loops import fit
 from emfuse_jax.policies.iql import (
     IqlConfig,
     IqlCriticsConfig,
@@ -19,6 +18,7 @@ from emfuse_jax.policies.iql import (
     iql,
     iql_critics,
 )
+from policies._probes import random_transitions
 
 pytestmark = pytest.mark.allow_rank_promotion  # distrax
 
@@ -117,20 +117,6 @@ def test_weights_are_clipped_before_they_overflow():
 def test_bad_settings_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
-
-
-def random_transitions(key, env, num_steps=512):
-    """Uniform random actions, restarting after two steps at the latest."""
-    envs = auto_reset(env, max_steps=2)
-    key_reset, key_run = jax.random.split(key)
-    state, _ = envs.reset(key_reset)
-
-    def step(step_key, carry):
-        key_action, key_step = jax.random.split(step_key)
-        action = jax.random.uniform(key_action, (1,), minval=-1.0, maxval=1.0)
-        return envs.step(key_step, carry, action)
-
-    return scan_steps(key_run, step, state, num_steps)[1]
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 
 from emfuse_jax import tree
 from emfuse_jax.envs import toy
-from emfuse_jax.envs.base import auto_reset
-from emfuse_jax.loops import fit, scan_steps
+from emfuse_jax.loops import fit
 from emfuse_jax.nets.critic import q_ensemble
 from emfuse_jax.policies.sac import SacConfig, sac
+from policies._probes import random_transitions
 
 DISCOUNT = 0.5
 PROBES = (
@@ -34,20 +34,6 @@ CONFIG = SacConfig(
     actor_learning_rate=1e-3,
     critic_learning_rate=3e-3,
 )
-
-
-def random_transitions(key, env, num_steps=512):
-    """Random actions, restarting after two steps at the latest."""
-    envs = auto_reset(env, max_steps=2)
-    key_reset, key_run = jax.random.split(key)
-    state, _ = envs.reset(key_reset)
-
-    def step(step_key, carry):
-        key_action, key_step = jax.random.split(step_key)
-        action = jax.random.uniform(key_action, (1,), minval=-1.0, maxval=1.0)
-        return envs.step(key_step, carry, action)
-
-    return scan_steps(key_run, step, state, num_steps)[1]
 
 
 @pytest.fixture(scope="module")
