@@ -51,8 +51,8 @@ class EbtBenchmarkConfig:
         seeds: trained together.
         toy_steps: updates on the regression and on two modes.
         clone_steps: updates on Hopper.
-        diffusion_updates: diffusion makes this many times as many updates as the energy,
-            about as many as take the same time.
+        diffusion_updates: diffusion makes this many times as many updates as the energy;
+            the training times are in the results, not made equal.
         batch_size: rows per update.
         network: the transformer's sizes on Hopper.
         toy_network: its sizes on the other two tasks.

@@ -161,7 +161,7 @@ class Trained(NamedTuple):
 def train(
     config: ParticleStudyConfig, method: methods.Method, dims: int, data: Dataset
 ) -> Trained:
-    """One training run; its CPU seconds leave out the compilation's first chunk."""
+    """One training run; its CPU seconds include compiling."""
     arrays = jax.tree.map(jnp.asarray, data)
     spec = with_differences(particle(ParticleConfig(num_dims=dims))).spec
     num_steps = max(int(method.num_steps * config.scale), 10)
