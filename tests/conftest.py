@@ -40,10 +40,27 @@ def _untyped():
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+_quick = []
+"""Who asked for quick compiling: a module and, inside it, a test."""
+
+
+@contextlib.contextmanager
+def _quick_compile():
+    _quick.append(None)
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        _quick.pop()
+        jax.config.update("jax_disable_most_optimizations", bool(_quick))
+
+
 _RELAXED = {
     "allow_rank_promotion": lambda: jax.numpy_rank_promotion("allow"),
     "allow_key_reuse": lambda: jax.debug_key_reuse(False),
     "untyped": _untyped,
+    # Half the time to compile, for modules that ask for no speed.
+    "quick_compile": _quick_compile,
 }
 
 

@@ -11,6 +11,8 @@ from emfuse_jax import artifacts
 from experiments import train_dynamics, train_policy
 from experiments._truncation import candidates_fn, read_calibration
 
+pytestmark = pytest.mark.quick_compile
+
 MODEL = (
     *("--model=mcetm", "--mcetm.energy_sizes=8", "--mcetm.head_sizes=8"),
     *("--mcetm.autoencoder_sizes=8", "--mcetm.batch_size=16", "--mcetm.energy_rows=8"),

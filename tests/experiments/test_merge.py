@@ -23,6 +23,8 @@ from experiments._lm_experts import expand_runs
 from experiments._measure import data_behind
 from experiments._merge_lm import cut_windows
 
+pytestmark = pytest.mark.quick_compile
+
 ADETM = AdetmConfig(
     num_lags=2,
     energy_sizes=(8,),
@@ -46,12 +48,10 @@ LM = LmConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiles_quickly_and_keeps_nothing():
-    jax.config.update("jax_disable_most_optimizations", True)
+def _keeps_nothing():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMFUSE_JAX_CACHE", "0")
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

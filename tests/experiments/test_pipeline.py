@@ -23,6 +23,8 @@ from experiments import (
     train_policy,
 )
 
+pytestmark = pytest.mark.quick_compile
+
 ROOT = pathlib.Path(__file__).parents[2]
 COLLECT = ("--steps=400", "--num_envs=2", "--policy=random")
 
@@ -46,15 +48,12 @@ def command(module, *flags):
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_shared_with_the_killed_processes(tmp_path_factory):
     before = jax.config.jax_compilation_cache_dir
-    # Half the time to compile, and nothing here asks for speed.
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("EMFUSE_JAX_CACHE", str(folder))
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", before)
 
 

@@ -13,6 +13,8 @@ from emfuse_jax.data.dataset import gather_transition, make_dataset
 from emfuse_jax.policies.iql import IqlConfig
 from experiments import _methods, _offline, _run, evaluate, report, train_policy
 
+pytestmark = pytest.mark.quick_compile
+
 SIZES = (
     *("--iql.hidden_sizes=8", "--iql.critics.hidden_sizes=8", "--num_seeds=2"),
     *("--num_updates=20", "--eval_every=10", "--chunk=5", "--batch_size=16"),
@@ -23,12 +25,10 @@ SIZES = (
 @pytest.fixture(scope="module", autouse=True)
 def _little_compiling(tmp_path_factory):
     before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMFUSE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", before)
 
 
