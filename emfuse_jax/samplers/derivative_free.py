@@ -20,7 +20,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from emfuse_jax.base import EnergyFn, Key, Sampler
-from emfuse_jax.samplers.langevin import Bounds
+from emfuse_jax.samplers._common import (
+    Bounds,
+    check_bounds,
+    check_energy,
+    check_positive,
+    clip_to_box,
+)
 
 __all__ = ["PopulationInfo", "PopulationState", "derivative_free", "lowest_energy"]
 
@@ -58,7 +64,8 @@ def derivative_free(
     from uniform candidates, and take `lowest_energy` of the last ones.
 
     Args:
-        energy_fn: ``[*batch, candidate, dim] -> [*batch, candidate]``.
+        energy_fn: ``[*batch, candidate, dim] -> [*batch, candidate]``. NaN counts as
+            infinite: such a candidate is not drawn, unless all of its row are such.
         noise: standard deviation of the first step's noise, in units of the position.
         shrink: factor of the noise from step to step, in (0, 1].
         temperature: of the weights, positive.
@@ -69,8 +76,9 @@ def derivative_free(
         energy per candidate and step, and none of its gradient.
 
     Raises:
-        ValueError: if ``noise`` is negative or ``shrink`` outside (0, 1]; while tracing,
-            if ``energy_fn`` does not return one energy per candidate.
+        ValueError: if ``noise`` is negative, ``shrink`` outside (0, 1], ``temperature`` not
+            positive or the bounds are out of order; while tracing, if ``energy_fn`` does
+            not return one energy per candidate.
 
     Example:
         >>> from emfuse_jax.loops import run_sampler
@@ -86,6 +94,8 @@ def derivative_free(
         raise ValueError(f"noise={noise}; expected a standard deviation of 0 or above")
     if not 0 < shrink <= 1:
         raise ValueError(f"shrink={shrink}; expected in (0, 1], as 0.5 to halve it")
+    check_positive("temperature", temperature)
+    check_bounds(bounds)
 
     def init(position: Float[Array, "*batch candidate dim"]) -> PopulationState:
         return PopulationState(position, jnp.zeros((), jnp.int32))
@@ -96,20 +106,13 @@ def derivative_free(
         key_choice, key_noise = jax.random.split(key)
         position = state.position
         energy = _energies(energy_fn, position)
-        weight = jax.nn.softmax(-energy / temperature, axis=-1)
+        weight = _weights(energy, temperature)
         index = _resample(key_choice, weight)
         chosen = jnp.take_along_axis(position, index[..., None], axis=-2)
         scale = noise * jnp.power(shrink, state.step.astype(position.dtype))
-        moved = chosen + scale * jax.random.normal(
-            key_noise, position.shape, position.dtype
-        )
-        if bounds is not None:
-            low, high = (
-                jnp.broadcast_to(jnp.asarray(bound, position.dtype), position.shape)
-                for bound in bounds
-            )
-            moved = jnp.clip(moved, low, high)
+        change = scale * jax.random.normal(key_noise, position.shape, position.dtype)
         info = PopulationInfo(energy, 1.0 / jnp.sum(jnp.square(weight), axis=-1))
+        moved = clip_to_box(chosen + change, bounds)
         return PopulationState(moved, state.step + 1), info
 
     return Sampler(init, step)
@@ -118,7 +121,7 @@ def derivative_free(
 def lowest_energy(
     energy_fn: EnergyFn, position: Float[Array, "*batch candidate dim"]
 ) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch"]]:
-    """The candidate of lowest energy in each row, and that energy.
+    """The candidate of lowest energy in each row, and that energy; NaN is no energy.
 
     Example:
         >>> candidates = jnp.array([[3.0], [-1.0], [2.0]])
@@ -134,12 +137,15 @@ def lowest_energy(
 
 def _energies(energy_fn: EnergyFn, position: jax.Array) -> jax.Array:
     energy = energy_fn(position)
-    if energy.shape != position.shape[:-1]:
-        raise ValueError(
-            f"energy_fn returned shape {energy.shape} for candidates of shape "
-            f"{position.shape}; expected one energy per candidate, {position.shape[:-1]}"
-        )
-    return energy
+    check_energy(energy, position, row="candidate")
+    # Both argmin and softmax would let a NaN win.
+    return jnp.where(jnp.isnan(energy), jnp.inf, energy)
+
+
+def _weights(energy: jax.Array, temperature: ArrayLike) -> jax.Array:
+    # Finite, since infinities of one sign, alone in a row, would cancel to NaN.
+    largest = float(jnp.finfo(energy.dtype).max)
+    return jax.nn.softmax(jnp.clip(-energy / temperature, -largest, largest), axis=-1)
 
 
 def _resample(key: Key, weight: jax.Array) -> jax.Array:

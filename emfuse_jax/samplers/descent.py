@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from emfuse_jax.base import EnergyFn, Key, Sampler
-from emfuse_jax.samplers.langevin import Schedule, _energy_and_gradient
+from emfuse_jax.samplers._common import Schedule, check_positive, energy_and_gradient
 from emfuse_jax.tree import select
 
 __all__ = [
@@ -45,8 +45,10 @@ class DescentState(NamedTuple):
 
 
 class DescentInfo(NamedTuple):
-    """What a step saw at the point where it took the gradient, ``a + μ v``."""
+    """What a step saw, and where it took the gradient: ``a + μ v`` of the normalised, noisy
+    ``a``."""
 
+    position: Float[Array, "*batch dim"]
     energy: Float[Array, "*batch"]
     gradient_norm: Float[Array, "*batch"]
 
@@ -54,9 +56,11 @@ class DescentInfo(NamedTuple):
 class Descended(NamedTuple):
     """The end of a descent, row by row.
 
-    ``num_steps`` counts the steps that moved the row; ``gradient_norm`` is the last one
-    seen. A row whose ``energy`` is above its ``start_energy`` was taken too far: the step
-    size does not suit the energy's curvature (see `max_step_size`).
+    ``num_steps`` counts the steps that moved the row. ``gradient_norm`` is the last one
+    seen: at ``position`` for rows that stopped, for the others at the point from which the
+    last step led there. ``start_energy`` is that of the start as it was given. A row whose
+    ``energy`` is above it was taken too far: the step size does not suit the energy's
+    curvature (see `max_step_size`).
     """
 
     position: Float[Array, "*batch dim"]
@@ -126,8 +130,7 @@ def descent(
         [3.0, 3.0]
     """
     _check_momentum(momentum)
-    if isinstance(step_size, int | float) and not step_size > 0:
-        raise ValueError(f"step_size={step_size}; expected a positive number")
+    check_positive("step_size", step_size)
     if normalize not in ("none", "sample", "batch"):
         raise ValueError(f"normalize={normalize!r}; expected none, sample or batch")
 
@@ -148,14 +151,14 @@ def descent(
             noise = jax.random.normal(key, position.shape, position.dtype)
             position = position + noise_schedule(state.step) * noise
         ahead = position + momentum * velocity
-        energy, gradient = _energy_and_gradient(energy_fn, ahead)
+        energy, gradient = energy_and_gradient(energy_fn, ahead)
         size = jnp.broadcast_to(jnp.asarray(step_size, energy.dtype), energy.shape)
         if energy_scaled:
             size = size * jnp.exp(energy)
         velocity = jnp.asarray(momentum) * velocity - size[..., None] * gradient
         norm = jnp.linalg.norm(jax.lax.stop_gradient(gradient), axis=-1)
         moved = DescentState(position + velocity, velocity, state.step + 1)
-        return moved, DescentInfo(energy, norm)
+        return moved, DescentInfo(ahead, energy, norm)
 
     return Sampler(init, step)
 
@@ -171,10 +174,11 @@ def minimize(
 ) -> Descended:
     """Descends until each row's own gradient is small; no row waits or works for another.
 
-    A row stops before the step at which its gradient norm is at most ``tolerance``, or
-    that would leave the finite numbers, and stays where it is while others go on. The
-    loop ends with the last row. Reverse-mode derivatives need a fixed number of steps:
-    take `run_sampler` for those.
+    A row stops where it first sees a gradient norm of at most ``tolerance``, and stays
+    there while others go on: with momentum that is the point ahead, ``a + μ v``. It also
+    stops before a step that would leave the finite numbers. The loop ends with the last
+    row. Reverse-mode derivatives need a fixed number of steps: take `run_sampler` for
+    those.
 
     Args:
         key: step ``i`` uses ``fold_in(key, i)``.
@@ -203,33 +207,36 @@ def minimize(
         raise ValueError(f"tolerance={tolerance}; expected a gradient norm, at least 0")
 
     def proceed(carry: Any) -> jax.Array:
-        state, _, active, _, _ = carry
+        state, _, active, _ = carry
         return jnp.any(active) & (state.step < max_steps)
 
     def body(carry: Any) -> Any:
-        state, info, active, num_steps, start_energy = carry
+        state, last, active, num_steps = carry
         moved, seen = sampler.step(jax.random.fold_in(key, state.step), state)
-        start_energy = jnp.where(state.step == 0, seen.energy, start_energy)
-        info = select(active, seen, info)
+        there = active & (seen.gradient_norm <= tolerance)
         finite = jnp.all(jnp.isfinite(moved.position), axis=-1)
+        last = select(active, seen, last)
         active = active & (seen.gradient_norm > tolerance) & finite
         position, velocity = select(active, moved[:2], state[:2])
+        position = select(there, seen.position, position)
         state = DescentState(position, velocity, moved.step)
-        return state, info, active, num_steps + active, start_energy
+        return state, last, active, num_steps + active
 
     batch = position.shape[:-1]
     nothing = jnp.zeros(batch, position.dtype)
     counts, active = jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool)
-    start = (
-        sampler.init(position),
-        DescentInfo(nothing, nothing),
-        active,
-        counts,
-        nothing,
-    )
-    state, info, _, counts, start_energy = jax.lax.while_loop(proceed, body, start)
+    seen = DescentInfo(position, nothing, nothing)
+    start = (sampler.init(position), seen, active, counts)
+    state, seen, _, counts = jax.lax.while_loop(proceed, body, start)
     end = state.position
-    return Descended(end, energy_fn(end), counts, info.gradient_norm, start_energy)
+    # Rows that stopped were seen where they are; the others moved on, or stepped back.
+    known = seen.gradient_norm <= tolerance
+    energy = jax.lax.cond(
+        jnp.all(known),
+        lambda: seen.energy,
+        lambda: jnp.where(known, seen.energy, energy_fn(end)),
+    )
+    return Descended(end, energy, counts, seen.gradient_norm, energy_fn(position))
 
 
 def check_steps(name: str, num_steps: int) -> None:

@@ -17,8 +17,7 @@ References:
     https://arxiv.org/abs/2109.00137
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from emfuse_jax.base import EnergyFn, Key, Sampler
+from emfuse_jax.samplers._common import (
+    Bounds,
+    Schedule,
+    check_bounds,
+    check_positive,
+    clip_to_box,
+    energy_and_gradient,
+)
 
 __all__ = [
     "LangevinInfo",
@@ -36,12 +43,6 @@ __all__ = [
     "etm_schedule",
     "ula",
 ]
-
-Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
-"""``step -> value``, counted from 0; any optax schedule."""
-Bounds: TypeAlias = tuple[ArrayLike, ArrayLike]
-"""``(low, high)`` of the box that positions are clipped to, broadcast to their shape;
-traced arrays make a moving trust region."""
 
 
 class LangevinState(NamedTuple):
@@ -97,7 +98,7 @@ def ula(
         >>> state.position.shape
         (8, 2)
     """
-    _check_positive("step_size", step_size)
+    check_positive("step_size", step_size)
     return annealed_langevin(
         energy_fn,
         lambda step: step_size,
@@ -146,29 +147,30 @@ def annealed_langevin(
         >>> state.position.tolist()  # no noise: halved three times
         [0.125]
     """
-    _check_positive("drift_clip", drift_clip)
-    _check_positive("step_clip", step_clip)
-    _check_bounds(bounds)
+    check_positive("drift_clip", drift_clip)
+    check_positive("step_clip", step_clip)
+    check_bounds(bounds)
 
     def init(position: Float[Array, "*batch dim"]) -> LangevinState:
         return LangevinState(position, jnp.zeros((), jnp.int32))
 
     def step(key: Key, state: LangevinState) -> tuple[LangevinState, LangevinInfo]:
         position, dtype = state.position, state.position.dtype
-        energy, gradient = _energy_and_gradient(energy_fn, position)
+        energy, gradient = energy_and_gradient(energy_fn, position)
         drift, drift_clip_rate = _clip(gradient, drift_clip)
         move = -jnp.asarray(step_size_schedule(state.step), dtype) * drift
         if noise_schedule is not None:
             noise = jax.random.normal(key, position.shape, dtype)
             move += jnp.asarray(noise_schedule(state.step), dtype) * noise
         move, step_clip_rate = _clip(move, step_clip)
-        moved, bounds_rate = _clip_to_box(position + move, bounds)
+        free = position + move
+        moved = clip_to_box(free, bounds)
         info = LangevinInfo(
             energy=energy,
             gradient_norm=jnp.sqrt(jnp.sum(jnp.square(gradient), axis=-1)),
             drift_clip_rate=drift_clip_rate,
             step_clip_rate=step_clip_rate,
-            bounds_rate=bounds_rate,
+            bounds_rate=_clip_rate(free, moved),
         )
         return LangevinState(moved, state.step + 1), info
 
@@ -244,50 +246,15 @@ def etm_langevin(
     )
 
 
-def _energy_and_gradient(
-    energy_fn: EnergyFn, position: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    energy, pullback = jax.vjp(energy_fn, position)
-    if energy.shape != position.shape[:-1]:
-        raise ValueError(
-            f"energy_fn returned shape {energy.shape} for positions of shape "
-            f"{position.shape}; expected one energy per row, {position.shape[:-1]}"
-        )
-    (gradient,) = pullback(jnp.ones_like(energy))
-    return energy, gradient
-
-
 def _clip(x: jax.Array, limit: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
     if limit is None:
-        return x, jnp.zeros(x.shape[:-1], x.dtype)
+        return x, _clip_rate(x, x)
     limit = jnp.asarray(limit, x.dtype)
     clipped = jnp.clip(x, -limit, limit)
-    return clipped, jnp.mean(clipped != x, axis=-1, dtype=x.dtype)
+    return clipped, _clip_rate(x, clipped)
 
 
-def _clip_to_box(
-    position: jax.Array, bounds: Bounds | None
-) -> tuple[jax.Array, jax.Array]:
-    if bounds is None:
-        return position, jnp.zeros(position.shape[:-1], position.dtype)
-    low, high = (
-        jnp.broadcast_to(jnp.asarray(bound, position.dtype), position.shape)
-        for bound in bounds
-    )
-    clipped = jnp.clip(position, low, high)
-    return clipped, jnp.mean(clipped != position, axis=-1, dtype=position.dtype)
-
-
-def _check_positive(name: str, value: ArrayLike | None) -> None:
-    if isinstance(value, int | float) and not value > 0:
-        raise ValueError(f"{name}={value}; expected a positive number")
-
-
-def _check_bounds(bounds: Bounds | None) -> None:
-    if bounds is None:
-        return
-    low, high = bounds
-    if not (isinstance(low, int | float) and isinstance(high, int | float)):
-        return
-    if not low <= high:
-        raise ValueError(f"bounds={bounds}; expected (low, high) with low <= high")
+def _clip_rate(free: jax.Array, clipped: jax.Array) -> jax.Array:
+    if clipped is free:
+        return jnp.zeros(free.shape[:-1], free.dtype)
+    return jnp.mean(clipped != free, axis=-1, dtype=free.dtype)

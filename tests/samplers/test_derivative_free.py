@@ -76,7 +76,33 @@ def test_the_noise_shrinks_and_the_box_holds():
     assert 0.2 * 1.05 < kept[-1].std() < 0.2 * np.sqrt(4 / 3) * 1.02
 
 
+@pytest.mark.parametrize("odd", [jnp.nan, jnp.inf])
+def test_a_candidate_without_an_energy_is_never_taken(odd):
+    """NaN would win both the least energy and the weights; a row of nothing else stays."""
+
+    def holed(y):
+        return jnp.where(y[..., 0] < 0.0, odd, 3.0 * y[..., 0])
+
+    start = jnp.linspace(-1.0, 1.0, 64)[:, None]
+    start = jnp.stack([start, -1.0 - jnp.abs(start)])
+    silent = derivative_free(holed, noise=0.0, bounds=None)
+    moved, info = silent.step(jax.random.key(0), silent.init(start))
+    best, energy = lowest_energy(holed, start)
+    assert (np.asarray(moved.position[0]) >= 0.0).all()
+    assert len(np.unique(moved.position[0])) > 10
+    least = np.linspace(-1.0, 1.0, 64)[32]
+    np.testing.assert_allclose([best[0, 0], energy[0]], [least, 3 * least], rtol=1e-5)
+    # Nothing is known of the second row: all of it is drawn alike.
+    assert np.isin(moved.position[1], start[1]).all()
+    np.testing.assert_allclose(info.effective_size[1], 64.0, rtol=1e-4)
+    assert energy[1] == jnp.inf
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match="temperature=0"):
+        derivative_free(two_wells, temperature=0)
+    with pytest.raises(ValueError, match="low <= high"):
+        derivative_free(two_wells, bounds=(1.0, -1.0))
     with pytest.raises(ValueError, match="shrink=0"):
         derivative_free(two_wells, shrink=0.0)
     with pytest.raises(ValueError, match="noise=-1"):

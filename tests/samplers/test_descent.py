@@ -85,6 +85,34 @@ def test_the_bound_on_steps_holds_and_no_tolerance_takes_them_all():
     np.testing.assert_array_equal(end.position, fixed[-1])
 
 
+def test_with_momentum_a_row_stops_where_its_gradient_is_small():
+    """The gradient is taken ahead of the position, which may still be far from the rest."""
+    start = jnp.array([[0.01], [0.1], [1.0], [10.0]])
+    end = stopped(start, 0.3, 1e-3, momentum=0.9)
+    assert (end.num_steps < 99).all()
+    norm = np.abs(end.position[:, 0])  # the bowl's gradient is the position
+    np.testing.assert_allclose(norm, end.gradient_norm, rtol=1e-5)
+    assert (norm <= 1e-3).all()
+    np.testing.assert_allclose(end.energy, bowl(end.position), rtol=1e-5)
+    # Behind the point that was seen it is up to several times as large.
+    trace, seen = positions(descent(bowl, 0.3, momentum=0.9), start, 99)
+    before = np.concatenate([start[None], trace])
+    behind = [abs(before[n, row, 0]) for row, n in enumerate(end.num_steps)]
+    assert max(behind) > 5e-3
+    ahead = [seen.position[n, row, 0] for row, n in enumerate(end.num_steps)]
+    np.testing.assert_allclose(ahead, end.position[:, 0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{"normalize": "sample"}, {"noise_schedule": lambda step: 2.0}]
+)
+def test_a_start_has_the_energy_of_where_it_was(options):
+    """Not of where norm or noise have taken it before the first gradient."""
+    start = jnp.array([[3.0, 4.0], [0.1, 0.0]])
+    end = minimize(KEY, bowl, descent(bowl, 0.3, **options), start, 2)
+    np.testing.assert_allclose(end.start_energy, [12.5, 0.005], rtol=1e-6)
+
+
 @functools.partial(jax.jit, static_argnames="noisy_first")
 def stationary(key, noisy_first):
     start = jnp.zeros((40_000, 1))
