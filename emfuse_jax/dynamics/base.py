@@ -94,6 +94,12 @@ def newest_lags(history: History, num_lags: int) -> History:
 
     Raises:
         ValueError: if the history is shorter.
+
+    Example:
+        >>> observation = jnp.arange(3.0).reshape(3, 1, 1)  # newest first, one row
+        >>> history = History(observation, observation, jnp.ones((3, 1), bool))
+        >>> newest_lags(history, 2).observation[:, 0, 0].tolist()
+        [0.0, 1.0]
     """
     length = history.valid.shape[0]
     if length < num_lags:
@@ -105,7 +111,17 @@ def newest_lags(history: History, num_lags: int) -> History:
 
 
 def make_slices(history: History, anchor: Anchor) -> Slices:
-    """The slices of a history, longest last; ``num_lags`` of them."""
+    """The slices of a history, longest last; ``num_lags`` of them.
+
+    Example:
+        >>> observation = jnp.array([[[2.0]], [[1.0]]])  # [lag, row, obs], newest first
+        >>> history = History(observation, 10 * observation, jnp.ones((2, 1), bool))
+        >>> slices = make_slices(history, "backtrack")
+        >>> slices.anchor[:, 0, 0].tolist()  # where each slice starts
+        [2.0, 1.0]
+        >>> slices.lags[:, 0].tolist()  # and which actions it knows
+        [[True, False], [True, True]]
+    """
     num_lags, batch = history.valid.shape[0], history.valid.shape[1:]
     action = jnp.moveaxis(history.action, 0, -2)
     observation = history.observation
@@ -121,7 +137,13 @@ def make_slices(history: History, anchor: Anchor) -> Slices:
 
 
 def pick_slice(tree: Any, index: Int[Array, "*batch"]) -> Any:
-    """One slice per row of leaves ``[slice, *batch, …]``; the slice axis goes."""
+    """One slice per row of leaves ``[slice, *batch, …]``; the slice axis goes.
+
+    Example:
+        >>> by_slice = jnp.array([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])  # [slice, row]
+        >>> pick_slice(by_slice, jnp.array([0, 1, 0])).tolist()
+        [1.0, 20.0, 3.0]
+    """
 
     def pick(leaf: jax.Array) -> jax.Array:
         where = index.reshape((1, *index.shape) + (1,) * (leaf.ndim - index.ndim - 1))
@@ -135,14 +157,30 @@ def pack_target(
     next_observation: Float[Array, "*batch obs"],
     reward: Float[Array, "*batch"],
 ) -> Float[Array, "*batch dim"]:
-    """``(s_{t+1} - anchor, r_t)``."""
+    """``(s_{t+1} - anchor, r_t)``.
+
+    Example:
+        >>> pack_target(jnp.ones(2), jnp.array([1.5, 1.0]), jnp.array(7.0)).tolist()
+        [0.5, 0.0, 7.0]
+    """
     return jnp.concatenate([next_observation - anchor, reward[..., None]], axis=-1)
 
 
 def sample_windows(
     key: jax.Array, dataset: Dataset, batch_size: int, num_lags: int
 ) -> Batch:
-    """Windows ending at rows drawn uniformly. The key is consumed."""
+    """Windows ending at rows drawn uniformly. The key is consumed.
+
+    Example:
+        >>> from emfuse_jax.data import linear_gaussian
+        >>> dataset, _ = linear_gaussian(num_episodes=4, length=10)
+        >>> rows = jax.tree.map(jnp.asarray, dataset)
+        >>> batch = jax.eval_shape(
+        ...     lambda key: sample_windows(key, rows, batch_size=8, num_lags=5), jax.random.key(0)
+        ... )
+        >>> batch.history.observation.shape, batch.reward.shape
+        ((5, 8, 3), (8,))
+    """
     index = jax.random.randint(key, (batch_size,), 0, dataset.age.shape[0])
     return Batch(
         gather_history(dataset, index, num_lags),
@@ -169,6 +207,18 @@ def fit_scales(
 
     Raises:
         ValueError: if no episode is as long as the window.
+
+    Example:
+        >>> from emfuse_jax.data import make_dataset
+        >>> time = np.arange(9.0)[:, None]
+        >>> dataset = make_dataset(
+        ...     observations=time**2, actions=0 * time, rewards=time[:, 0],
+        ...     next_observations=(time + 1) ** 2,
+        ...     terminals=time[:, 0] == 8, timeouts=time[:, 0] > 8,
+        ... )
+        >>> scales = fit_scales(dataset, 3, target="box")
+        >>> scales.target.scale[:, 0].tolist()  # largest change over one, two and three steps
+        [17.0, 32.0, 45.0]
     """
     age, observation = np.asarray(dataset.age), np.asarray(dataset.observation)
     rows = np.arange(len(age))

@@ -95,6 +95,15 @@ def contrastive_dynamics(
 
     Returns:
         ``Dynamics``: ``init(key, scales) -> state``, ``update(key, state, Batch)``.
+
+    Example:
+        >>> from emfuse_jax.dynamics.etm import state_action_encoder
+        >>> dynamics = contrastive_dynamics(
+        ...     state_action_encoder(), ContrastiveConfig(), SpaceSpec(3, 2),
+        ...     num_lags=1, anchor="current", feature_size=5,
+        ... )  # this is `etm`; `adetm` gives an encoder of action histories
+        >>> dynamics.model.expert.num_lags
+        1
     """
     expert, forward = energy_expert(
         encoder, config, spec, num_lags, anchor, feature_size
@@ -155,7 +164,22 @@ def training_rows(
     key: jax.Array, batch: Batch, anchor: Anchor, newest_probability: float
 ) -> Rows:
     """Draws a slice length for every row by itself (one for the whole batch would
-    correlate its gradients) among those that its history allows. The key is consumed."""
+    correlate its gradients) among those that its history allows. The key is consumed.
+
+    Example:
+        >>> from emfuse_jax.data import linear_gaussian
+        >>> from emfuse_jax.dynamics.base import sample_windows
+        >>> dataset, _ = linear_gaussian(num_episodes=4, length=20)
+        >>> @jax.jit
+        ... def lengths(key):
+        ...     key_batch, key_rows = jax.random.split(key)
+        ...     rows = jax.tree.map(jnp.asarray, dataset)
+        ...     batch = sample_windows(key_batch, rows, 1000, num_lags=3)
+        ...     return training_rows(key_rows, batch, "backtrack", 0.5).lags.sum(-1)
+        >>> share = (lengths(jax.random.key(0)) == 1).mean()
+        >>> 0.45 < share < 0.6  # half from one step back; two and three share the rest
+        Array(True, dtype=bool)
+    """
     slices = make_slices(batch.history, anchor)
     num_lags = slices.valid.shape[0]
     share = jnp.full((num_lags,), (1.0 - newest_probability) / max(num_lags - 1, 1))

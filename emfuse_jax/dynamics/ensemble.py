@@ -69,6 +69,15 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
     part. ``predict`` moves by the members' mean (deterministic); the uncertainty is their
     spread, in units of the one-step scale, and the energy is the mean negative
     log-density up to a constant.
+
+    Example:
+        >>> from emfuse_jax.data import linear_gaussian
+        >>> from emfuse_jax.dynamics import fit_scales
+        >>> dataset, _ = linear_gaussian(num_episodes=4, length=10)
+        >>> learner = gaussian_ensemble(EnsembleConfig(num_members=7), SpaceSpec(3, 2))
+        >>> state = jax.eval_shape(learner.init, jax.random.key(0), fit_scales(dataset, 1))
+        >>> {leaf.shape[0] for leaf in jax.tree.leaves(state.params.members)}  # [model, …]
+        {7}
     """
     dim = spec.observation_size + 1
     net = mlp(2 * dim, config.hidden_sizes, activation=jax.nn.silu)

@@ -122,6 +122,18 @@ def fuse_dynamics(
         ValueError: if there is no model or one without an energy, if constant weights are
             negative, do not sum to one or are not one per model, or if the models' lags,
             anchors or regions differ.
+
+    Example:
+        >>> from emfuse_jax.base import SpaceSpec
+        >>> from emfuse_jax.dynamics import AdetmConfig, adetm, uncertainty_weights
+        >>> expert = adetm(AdetmConfig(), SpaceSpec(11, 3)).model
+        >>> fused = fuse_dynamics([expert, expert], uncertainty_weights())
+        >>> callable(fused.predict)  # (params of both, key, history): a model like any other
+        True
+        >>> fuse_dynamics([expert, expert], jnp.array([1.0, 1.0]))
+        Traceback (most recent call last):
+            ...
+        ValueError: weights [1., 1.] sum to 2, expected 1; divide each by their sum: [0.5, 0.5]
     """
     stacked = isinstance(models, TransitionModel)
     experts = [
@@ -155,7 +167,26 @@ def fuse_dynamics(
 
 
 def transition_model(expert: Expert, sampling: SamplingConfig) -> TransitionModel:
-    """The transition model of one expert: the fusion of it alone."""
+    """The transition model of one expert: the fusion of it alone.
+
+    Example:
+        >>> expert = Expert(  # nothing is likely to change, and nothing is paid
+        ...     encode=lambda params, slices: Encoded(
+        ...         feature=jnp.zeros((*slices.valid.shape, 1)),
+        ...         start=jnp.zeros((*slices.valid.shape, 2)),
+        ...         scale=jnp.ones((*slices.valid.shape, 2)),
+        ...     ),
+        ...     prepare=lambda params, encoded: (),
+        ...     energy=lambda params, condition, y: 0.5 * jnp.sum(y**2, axis=-1),
+        ...     unit=lambda params: jnp.ones(1),
+        ...     num_lags=1, anchor="backtrack", region="box", feature_size=1,
+        ... )
+        >>> model = transition_model(expert, SamplingConfig(num_steps=30))
+        >>> history = History(jnp.zeros((1, 4, 1)), jnp.zeros((1, 4, 1)), jnp.ones((1, 4), bool))
+        >>> predicted = jax.eval_shape(model.predict, (), jax.random.key(0), history)
+        >>> predicted.next_observation.shape, predicted.uncertainty.shape
+        ((4, 1), (4,))
+    """
     members = _listed([expert])
     model = _fused_model(members, uniform_weights, sampling)
     return TransitionModel(

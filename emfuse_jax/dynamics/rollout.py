@@ -36,7 +36,17 @@ class Rollout(NamedTuple):
 
 def push(history: History, observation: Float[Array, "*batch obs"]) -> History:
     """Ages the history by one step; lag 0 gets ``observation`` and, until the policy acts,
-    a zero action."""
+    a zero action.
+
+    Example:
+        >>> nothing = jnp.zeros((3, 1, 1))  # [lag, row, size]
+        >>> history = History(nothing, nothing, jnp.zeros((3, 1), bool))
+        >>> history = push(push(history, jnp.ones((1, 1))), 2 * jnp.ones((1, 1)))
+        >>> history.observation[:, 0, 0].tolist()  # newest first
+        [2.0, 1.0, 0.0]
+        >>> history.valid[:, 0].tolist()
+        [True, True, False]
+    """
 
     def shift(leaf: jax.Array, newest: jax.Array) -> jax.Array:
         return jnp.concatenate([newest[None], leaf[:-1]])
@@ -49,7 +59,14 @@ def push(history: History, observation: Float[Array, "*batch obs"]) -> History:
 
 
 def act_on(history: History, action: Float[Array, "*batch act"]) -> History:
-    """The history with ``action`` at lag 0."""
+    """The history with ``action`` at lag 0.
+
+    Example:
+        >>> nothing = jnp.zeros((2, 1, 1))  # [lag, row, size]
+        >>> history = History(nothing, nothing, jnp.ones((2, 1), bool))
+        >>> act_on(history, jnp.ones((1, 1))).action[:, 0, 0].tolist()
+        [1.0, 0.0]
+    """
     return history._replace(action=history.action.at[0].set(action))
 
 
@@ -93,6 +110,22 @@ def rollout(
 
     Returns:
         `Rollout` with leaves ``[time, batch, …]``.
+
+    Example:
+        >>> from emfuse_jax.base import Prediction
+        >>> def fall(params, key, history):  # a model that counts down, rewarded by its state
+        ...     state, zero = history.observation[0], jnp.zeros(1)
+        ...     return Prediction(state - 1.0, state[:, 0], zero, zero)
+        >>> model = TransitionModel(predict=fall, energy=None, uncertainty=None)
+        >>> history = History(
+        ...     jnp.full((1, 1, 1), 3.0), jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool)
+        ... )
+        >>> steps = rollout(
+        ...     None, jax.random.key(0), model, lambda key, state: 0.0 * state, history, 5,
+        ...     terminated_fn=lambda state, action, following: following[:, 0] <= 0.0,
+        ... )
+        >>> steps.reward[:, 0].tolist(), steps.valid[:, 0].tolist()
+        ([3.0, 2.0, 1.0, 0.0, -1.0], [True, True, True, False, False])
     """
 
     def step(carry: tuple[History, jax.Array], time: jax.Array):

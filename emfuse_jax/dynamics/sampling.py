@@ -56,12 +56,28 @@ gradient clip is that of training, so that it can reach every target."""
 
 
 def quiet(sampling: SamplingConfig) -> SamplingConfig:
-    """The same chain without anything random."""
+    """The same chain without anything random.
+
+    Example:
+        >>> quiet(SamplingConfig(noise=0.1, spread=1.0)).spread
+        0.0
+    """
     return dataclasses.replace(sampling, noise=0.0, temperature=None, spread=0.0)
 
 
 def chain(energy: EnergyFn, sampling: SamplingConfig, num_steps: int) -> Sampler:
-    """The configured chain in coordinates where the start is 0 and the scale 1."""
+    """The configured chain in coordinates where the start is 0 and the scale 1.
+
+    Example:
+        >>> import jax
+        >>> from emfuse_jax.loops import run_sampler
+        >>> def energy(y):
+        ...     return 5.0 * jnp.sum((y - 0.3) ** 2, axis=-1)
+        >>> sampler = chain(energy, SamplingConfig(), num_steps=50)
+        >>> state, _ = run_sampler(jax.random.key(0), sampler, jnp.zeros(1), 50)
+        >>> round(float(state.position[0]), 3)  # from the start to the mode, within ± margin
+        0.3
+    """
     bounds = (-sampling.margin, sampling.margin)
     if sampling.temperature:
         rate = etm_schedule(num_steps, sampling.first, sampling.last)

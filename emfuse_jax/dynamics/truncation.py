@@ -96,7 +96,19 @@ def _settings(config: CandidateConfig) -> dict[str, object]:
 def candidates(
     model: TransitionModel, num_candidates: int
 ) -> Callable[[Params, jax.Array, History], Prediction]:
-    """``(params, key, history) -> Prediction`` with leaves ``[candidate, *batch, …]``."""
+    """``(params, key, history) -> Prediction`` with leaves ``[candidate, *batch, …]``.
+
+    Example:
+        >>> from emfuse_jax.base import Prediction
+        >>> def drift(params, key, history):
+        ...     step, zero = jax.random.normal(key, (2, 1)), jnp.zeros(2)
+        ...     return Prediction(history.observation[0] + step, zero, zero, zero)
+        >>> model = TransitionModel(predict=drift, energy=None, uncertainty=None)
+        >>> history = History(jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, 1)), jnp.ones((1, 2), bool))
+        >>> drawn = jax.eval_shape(candidates(model, 8), None, jax.random.key(0), history)
+        >>> drawn.next_observation.shape
+        (8, 2, 1)
+    """
 
     def draw(params: Params, key: jax.Array, history: History) -> Prediction:
         keys = jax.random.split(key, num_candidates)
@@ -127,6 +139,20 @@ def min_energy_model(
 
     Raises:
         ValueError: if the calibration is another sampler's, or another model's.
+
+    Example:
+        >>> from emfuse_jax.base import Prediction
+        >>> def build(sampling):  # draws from N(0, 1), whose energy is y²/2
+        ...     def predict(params, key, history):
+        ...         y, zero = jax.random.normal(key, (2, 1)), jnp.zeros(2)
+        ...         return Prediction(y, zero, zero, 0.5 * y[:, 0] ** 2)
+        ...
+        ...     return TransitionModel(predict=predict, energy=None, uncertainty=None)
+        >>> history = History(jnp.zeros((1, 2, 1)), jnp.zeros((1, 2, 1)), jnp.ones((1, 2), bool))
+        >>> model = min_energy_model(build, CandidateConfig(num_candidates=200))
+        >>> least = jax.jit(model.uncertainty)(None, history)
+        >>> bool((least < 0.01).all())  # so low because there are so many: hence `Calibration`
+        True
     """
     if calibration is not None:
         calibration.check(config, model=model)
@@ -171,6 +197,20 @@ def calibrate(
 
     Raises:
         ValueError: if the quantile is not between 0 and 1 or no row has a finite energy.
+
+    Example:
+        >>> from emfuse_jax.base import Prediction
+        >>> def build(sampling):  # a model that doubts by the size of the state
+        ...     def predict(params, key, history):
+        ...         state = history.observation[0]
+        ...         return Prediction(state, state[:, 0], state[:, 0], state[:, 0])
+        ...
+        ...     return TransitionModel(predict=predict, energy=None, uncertainty=None)
+        >>> state = jnp.arange(101.0)[None, :, None]
+        >>> held_out = History(state, state, jnp.ones((1, 101), bool))
+        >>> limit = calibrate(build, CandidateConfig(), None, held_out, quantile=0.9)
+        >>> limit.threshold, limit.rows
+        (90.0, 101)
     """
     if not 0.0 < quantile < 1.0:
         raise ValueError(f"quantile={quantile}; expected a number between 0 and 1")

@@ -44,12 +44,22 @@ def historical_slice_uncertainty(
 def uniform_weights(
     uncertainty: Float[Array, "model *batch"],
 ) -> Float[Array, "model *batch"]:
-    """``λ_i = 1/n``: the papers' default."""
+    """``λ_i = 1/n``: the papers' default.
+
+    Example:
+        >>> uniform_weights(jnp.array([[0.1], [0.3]])).tolist()  # whatever they know
+        [[0.5], [0.5]]
+    """
     return jnp.full_like(uncertainty, 1.0 / uncertainty.shape[0])
 
 
 def fixed_weights(weights: Float[Array, "model"]):
-    """A `WeightFn` of constants; that they sum to one is checked where experts are fused."""
+    """A `WeightFn` of constants; that they sum to one is checked where experts are fused.
+
+    Example:
+        >>> fixed_weights(jnp.array([0.75, 0.25]))(jnp.array([[0.1], [0.3]])).tolist()
+        [[0.75], [0.25]]
+    """
 
     def weight_fn(uncertainty: jax.Array) -> jax.Array:
         if weights.shape[0] != uncertainty.shape[0]:
@@ -72,6 +82,12 @@ def uncertainty_weights(power: float = 4.0, floor: float = 1e-4):
     Args:
         power: 0 is uniform; 4 was the best of 1, 2, 4, 8 on Hopper.
         floor: added to ``u``, in its units.
+
+    Example:
+        >>> u = jnp.array([[0.1, 0.0], [0.3, 0.0]])  # [model, row]; the second row: unknown
+        >>> weights = uncertainty_weights()(u)
+        >>> [f"{x:.3f}" for x in weights[:, 0]], weights[:, 1].tolist()
+        (['0.988', '0.012'], [0.5, 0.5])
     """
 
     def weight_fn(
