@@ -54,7 +54,7 @@ docs: $(VENV)/.docs
 		build/docs/source build/docs/html
 
 # The studies take data and hours of their own: see their --help.
-STUDIES := $(patsubst %,benchmarks/%.py,control llm_study model_quality mcetm_hopper \
+STUDIES := $(patsubst %,benchmarks/%.py,control llm_study model_quality mcetm_control mcetm_hopper \
 	offline_policies particle pusht soak_kill soak_readers)
 bench: $(VENV)/.torch $(VENV)/.run
 	@for script in $(filter-out $(STUDIES),$(wildcard benchmarks/[a-z]*.py)); do name=$$(basename $$script .py); \

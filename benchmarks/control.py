@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._timing import portable
@@ -102,7 +103,7 @@ def behaviour(config: ControlConfig, path: str) -> np.ndarray:
 
 def row(scores: np.ndarray) -> dict[str, Any]:
     """Mean and interval of normalised returns ``[seed, episode]``."""
-    interval = hierarchical_bootstrap(jax.random.key(0), scores)
+    interval = hierarchical_bootstrap(jax.random.key(0), jnp.asarray(scores))
     return {
         "mean": float(scores.mean()),
         "interval": [float(interval.low), float(interval.high)],

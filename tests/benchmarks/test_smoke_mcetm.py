@@ -1,11 +1,13 @@
 """The measures of the curve say what they should of the exact energy."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _curve, mcetm_curve, mcetm_hopper
+from benchmarks import _curve, mcetm_control, mcetm_curve, mcetm_hopper
 from emfuse_jax.data import make_dataset
 from emfuse_jax.dynamics import Encoded, Expert, SamplingConfig, transition_model
 
@@ -84,3 +86,23 @@ def test_a_share_of_the_data_ends_with_an_episode():
     part = mcetm_hopper.first_part(data, 0.4)
     assert len(part.age) == 40
     assert len(mcetm_hopper.first_part(data, 1.0).age) == 100
+
+
+@pytest.mark.quick_compile
+def test_control_trains_plays_and_does_not_do_so_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMFUSE_JAX_CACHE", "0")
+    tiny = {"rows": 1200, "shares": (1.0,), "kinds": ("etm",), "seeds": (0, 1)}
+    steps = {"etm_steps": 4, "policy_updates": 4, "episodes": 2}
+    config = mcetm_control.McetmControlConfig(
+        **tiny, **steps, work=str(tmp_path / "work"), out=str(tmp_path / "out.json")
+    )
+    first = mcetm_control.compare(config)
+    assert len(first["etm, 1"]) == 2
+    written = json.loads((tmp_path / "out.json").read_text())["table"]
+    assert len(written["etm, 1 of the data"]["per_seed"]) == 2
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert len(stamps) == 4
+    mcetm_control.compare(config)
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    with pytest.raises(ValueError, match="kinds are mcetm, etm and adetm"):
+        mcetm_control.McetmControlConfig(kinds=("mlp",))
