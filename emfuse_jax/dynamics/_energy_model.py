@@ -136,7 +136,6 @@ class Forward(NamedTuple):
 
     init: Callable[..., ContrastiveParams]
     encode: Callable[[EnergyParams, jax.Array, jax.Array, jax.Array], Encoded]
-    head: Callable[[EnergyParams, jax.Array], tuple[jax.Array, jax.Array]]
     prepare: Callable[[EnergyParams, jax.Array], jax.Array]
     tilt: Callable[[EnergyParams, jax.Array, jax.Array], jax.Array]
 
@@ -245,7 +244,7 @@ def energy_expert(
         region="trust" if with_head else "box",
         feature_size=feature_size,
     )
-    return expert, Forward(init, encode, head, prepare, tilt)
+    return expert, Forward(init, encode, prepare, tilt)
 
 
 def _check_scales(scales: Scales, spec: SpaceSpec, num_lags: int) -> None:

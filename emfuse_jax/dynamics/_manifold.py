@@ -1,14 +1,14 @@
 """The terms that MC-ETM adds to an energy's own loss: see `dynamics.mcetm`."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from emfuse_jax.base import Metrics, Params
+from emfuse_jax.base import EnergyFn, Metrics, Params
 from emfuse_jax.data.normalizer import Normalizer
+from emfuse_jax.data.normalizer import apply as normalize
 from emfuse_jax.dynamics._energy_losses import LossFn
 from emfuse_jax.dynamics._energy_model import Forward, McetmParams, Rows
 from emfuse_jax.dynamics.base import Encoded, Scales
@@ -19,10 +19,13 @@ from emfuse_jax.losses import (
     info_nce,
 )
 from emfuse_jax.nets.autoencoder import Autoencoder
-from emfuse_jax.samplers import annealed_langevin
+from emfuse_jax.samplers import ula
 
 if TYPE_CHECKING:
     from emfuse_jax.dynamics.mcetm import McetmConfig
+
+DRIFT_CLIP = 10.0
+"""Largest gradient component of both chains, as in ETM's training chain."""
 
 
 class Negatives(NamedTuple):
@@ -39,7 +42,7 @@ def manifold_negatives(
     key: jax.Array,
     coder: Autoencoder,
     params: Params,
-    energy_fn: Callable[[jax.Array], jax.Array],
+    energy_fn: EnergyFn,
     target: Float[Array, "*batch dim"],
     config: "McetmConfig",
 ) -> Negatives:
@@ -68,26 +71,19 @@ def manifold_negatives(
         key_width, (*code.shape[:-1], 1), minval=low, maxval=high
     )
     start = code + width * jax.random.normal(key_noise, code.shape)
-    latent = _chain(
-        lambda z: energy_fn(coder.decode(params, z)), config.latent_step, (-1.0, 1.0)
+    latent = ula(
+        lambda z: energy_fn(coder.decode(params, z)),
+        config.latent_step,
+        drift_clip=DRIFT_CLIP,
+        bounds=(-1.0, 1.0),
     )
     code = chain_negatives(
         key_latent, latent, jnp.clip(start, -1.0, 1.0), config.latent_steps
     )
     decoded = jax.lax.stop_gradient(coder.decode(params, code))
-    visible = _chain(energy_fn, config.visible_step, None)
+    visible = ula(energy_fn, config.visible_step, drift_clip=DRIFT_CLIP)
     return Negatives(
         decoded, chain_negatives(key_visible, visible, decoded, config.visible_steps)
-    )
-
-
-def _chain(energy_fn: Any, step_size: float, bounds: Any) -> Any:
-    return annealed_langevin(
-        energy_fn,
-        lambda step: step_size,
-        lambda step: jnp.sqrt(2.0 * step_size),
-        drift_clip=10.0,
-        bounds=bounds,
     )
 
 
@@ -108,6 +104,10 @@ class Parts(NamedTuple):
         half = 0.5 * jnp.sum(jnp.square(residual), axis=-1)
         return half if self.with_head else jnp.zeros_like(half)
 
+    def encode(self, params: Any, rows: Rows) -> Encoded:
+        """What the energy reads of each row's state and action."""
+        return self.forward.encode(params, rows.anchor, rows.action, rows.lags)
+
     def tilt(
         self, params: Params, feature: jax.Array, residual: jax.Array
     ) -> jax.Array:
@@ -115,43 +115,43 @@ class Parts(NamedTuple):
         projected = self.forward.prepare(params, feature)
         return self.forward.tilt(params, projected, residual)
 
-    def scaled(self, params: Any, rows: Rows) -> tuple[Normalizer, jax.Array]:
-        """Each row's scaler, and its target in it."""
+    def scale(self, params: Any, rows: Rows) -> Normalizer:
+        """Each row's scaler of targets: that of its slice."""
         index = jnp.sum(rows.lags, axis=-1) - 1
-        scale = jax.tree.map(lambda leaf: leaf[index], params.scales.target)
-        return scale, (rows.target - scale.mean) / scale.scale
+        return jax.tree.map(lambda leaf: leaf[index], params.scales.target)
 
-    def conditional(
-        self, params: Any, encoded: Encoded, scale: Normalizer
-    ) -> Callable[[jax.Array], jax.Array]:
-        """The energy of scaled targets, up to each row's constant."""
+    def conditional(self, params: Any, encoded: Encoded, scale: Normalizer) -> EnergyFn:
+        """The energy of scaled targets, up to each row's constant; the condition is read
+        once, however often the energy is evaluated."""
+        projected = self.forward.prepare(params, encoded.feature)
 
         def energy(target: jax.Array) -> jax.Array:
             raw = scale.mean + scale.scale * target
             residual = (raw - encoded.start) / encoded.scale
-            return self.quadratic(residual) + self.tilt(
-                params, encoded.feature, residual
-            )
+            tilt = self.forward.tilt(params, projected, residual)
+            return self.quadratic(residual) + tilt
 
         return energy
 
-    def negatives(self, params: Any, key: jax.Array, rows: Rows) -> Negatives:
+    def negatives(
+        self, params: Any, key: jax.Array, rows: Rows, encoded: Encoded
+    ) -> Negatives:
         """`manifold_negatives` of these rows; the key is consumed."""
-        params = jax.lax.stop_gradient(params)
-        encoded = self.forward.encode(params, rows.anchor, rows.action, rows.lags)
-        scale, target = self.scaled(params, rows)
+        params, encoded = jax.lax.stop_gradient((params, encoded))
+        scale = self.scale(params, rows)
         return manifold_negatives(
             key,
             self.coder,
             params.autoencoder,
             self.conditional(params, encoded, scale),
-            target,
+            normalize(scale, rows.target),
             self.config,
         )
 
 
 def manifold_loss(parts: Parts, own_loss: LossFn) -> LossFn:
-    """``own_loss``, the autoencoder's reconstruction and the terms of MC-ETM."""
+    """``own_loss``, the autoencoder's reconstruction and the terms of MC-ETM: those of weight
+    0 are not computed, except that one of the cross and the magnitude brings the other."""
     config = parts.config
     first = round(config.head_phase * config.num_steps) if parts.with_head else 0
 
@@ -159,28 +159,27 @@ def manifold_loss(parts: Parts, own_loss: LossFn) -> LossFn:
         params: McetmParams, key: jax.Array, rows: Rows
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         key_chain, key_cross = jax.random.split(key)
-        encoded = jax.lax.stop_gradient(
-            parts.forward.encode(params, rows.anchor, rows.action, rows.lags)
-        )
+        encoded = jax.lax.stop_gradient(parts.encode(params, rows))
         residual = (rows.target - encoded.start) / encoded.scale
         positive = parts.tilt(params, encoded.feature, residual)
-        elsewhere = _elsewhere(parts, params, key_cross, rows, residual)
-        # The residual is the same on both sides, and so its quadratic drops out.
-        cross = info_nce(
-            jnp.broadcast_to(positive[None], elsewhere.shape), elsewhere[..., None]
-        )
-        magnitude = energy_magnitude(positive, elsewhere.T)
+        cross = magnitude = jnp.zeros(())
+        if config.cross_weight or config.magnitude_weight:
+            elsewhere = _elsewhere(parts, params, key_cross, rows, residual)
+            # The residual is the same on both sides, and so its quadratic drops out.
+            here = jnp.broadcast_to(positive[None], elsewhere.shape)
+            cross = jnp.mean(info_nce(here, elsewhere[..., None]))
+            magnitude = jnp.mean(energy_magnitude(positive, elsewhere.T))
         near = jnp.zeros(())
         if config.manifold_weight:
             own = (positive + parts.quadratic(residual))[: config.manifold_rows]
             few, encoded = jax.tree.map(
                 lambda leaf: leaf[: config.manifold_rows], (rows, encoded)
             )
-            negative = parts.negatives(params, key_chain, few).visible
-            scale, _ = parts.scaled(params, few)
-            energies = parts.conditional(params, encoded, scale)(negative)
+            negative = parts.negatives(params, key_chain, few, encoded).visible
+            energy = parts.conditional(params, encoded, parts.scale(params, few))
+            energies = energy(negative)
             near = jnp.mean(contrastive_divergence(own, energies[..., None]))
-        return near, jnp.mean(cross), jnp.mean(magnitude)
+        return near, cross, magnitude
 
     def loss(
         params: McetmParams, key: jax.Array, rows: Rows, step: jax.Array
@@ -216,9 +215,7 @@ def _elsewhere(
     """The tilt of the same residuals at random neighbours of ``(s, a)``: a symmetric
     move, so that the comparison is consistent for the joint density."""
     moved = perturb(key, rows, params.scales, parts.config)
-    feature = jax.lax.stop_gradient(
-        parts.forward.encode(params, moved.anchor, moved.action, moved.lags).feature
-    )
+    feature = jax.lax.stop_gradient(parts.encode(params, moved).feature)
     shape = (*feature.shape[:-1], residual.shape[-1])
     return parts.tilt(params, feature, jnp.broadcast_to(residual[None], shape))
 
@@ -226,7 +223,7 @@ def _elsewhere(
 def _reconstruction(
     parts: Parts, params: McetmParams, key: jax.Array, rows: Rows
 ) -> jax.Array:
-    _, target = parts.scaled(params, rows)
+    target = normalize(parts.scale(params, rows), rows.target)
     code = parts.coder.encode(params.autoencoder, target)
     code = code + parts.config.code_jitter * jax.random.normal(key, code.shape)
     decoded = parts.coder.decode(params.autoencoder, code)

@@ -34,12 +34,8 @@ import jax.numpy as jnp
 from emfuse_jax.base import Dynamics, SpaceSpec
 from emfuse_jax.dynamics._energy_losses import langevin_loss, proposal_loss
 from emfuse_jax.dynamics._energy_model import McetmParams, energy_expert
-from emfuse_jax.dynamics._manifold import (
-    Negatives,
-    Parts,
-    manifold_loss,
-)
-from emfuse_jax.dynamics.base import Batch, Expert, Scales
+from emfuse_jax.dynamics._manifold import Negatives, Parts, manifold_loss
+from emfuse_jax.dynamics.base import Batch, Expert, Scales, newest_lags
 from emfuse_jax.dynamics.contrastive import energy_learner, training_rows
 from emfuse_jax.dynamics.etm import EtmConfig, state_action_encoder
 from emfuse_jax.nets.autoencoder import autoencoder
@@ -51,17 +47,20 @@ class McetmConfig(EtmConfig):
 
     Attributes:
         energy_sizes: hidden layers of the energy.
-        head_phase: part of ``num_steps`` in which the head and the autoencoder train
-            alone; a step of the energy costs several of theirs.
+        head_phase: proposal: part of ``num_steps`` in which the head and the autoencoder
+            train alone; a step of the energy costs several of theirs. Langevin has no
+            head to wait for: all terms are there from the first step.
+        energy_rows: rows of the batch that train the terms below and the autoencoder;
+            with a proposal also the energy's own.
         latent_size: dimension of the code; 0 is half of the target's, rounded up.
         autoencoder_sizes: hidden layers of the encoder, reversed in the decoder.
         code_jitter: noise on the code while the autoencoder trains, codes in [-1, 1].
         code_noise: smallest and largest width of a code's perturbation.
         latent_steps: langevin steps on the code.
-        latent_step: their step size.
+        latent_step: their step size, positive.
         visible_steps: langevin steps after decoding; at least 1, since decoded targets
             alone say nothing about the directions off the manifold.
-        visible_step: their step size, in scaled targets.
+        visible_step: their step size, in scaled targets, positive.
         manifold_weight: of the near-manifold negatives; 0 leaves them out.
         manifold_rows: rows of the batch that have one each.
         num_cross: neighbours of ``(s, a)`` per row.
@@ -95,6 +94,9 @@ class McetmConfig(EtmConfig):
                 f"{self.visible_steps} at least 1: decoded targets alone teach nothing "
                 "about the directions off the manifold"
             )
+        for name in ("latent_step", "visible_step"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 0.0 <= self.code_noise[0] <= self.code_noise[1]:
             raise ValueError(
                 f"code_noise={self.code_noise}; expected (smallest, largest) width"
@@ -105,10 +107,10 @@ class McetmConfig(EtmConfig):
                 f"{self.cross_scales} positive: without neighbours of (s, a) energies "
                 "cannot be compared between states"
             )
-        if not 1 <= self.manifold_rows <= self.energy_rows:
+        if not 1 <= self.manifold_rows <= self.energy_rows <= self.batch_size:
             raise ValueError(
                 f"manifold_rows={self.manifold_rows} must be between 1 and energy_rows="
-                f"{self.energy_rows}"
+                f"{self.energy_rows}, and that at most batch_size={self.batch_size}"
             )
         for name in ("manifold_weight", "cross_weight", "magnitude_weight"):
             if getattr(self, name) < 0.0:
@@ -159,9 +161,13 @@ def near_manifold(
 ) -> Negatives:
     """The near-manifold negatives of a batch, as training draws them: for a look at them.
 
+    Of a longer history the newest lag alone is read, as by the model.
+
     Returns:
         `Negatives` in scaled targets, ``[batch, dim]``.
     """
     key_rows, key_chain = jax.random.split(key)
-    rows = training_rows(key_rows, batch, "current", 1.0)
-    return _parts(config, spec)[1].negatives(params, key_chain, rows)
+    expert, parts = _parts(config, spec)
+    batch = batch._replace(history=newest_lags(batch.history, expert.num_lags))
+    rows = training_rows(key_rows, batch, expert.anchor, config.newest_probability)
+    return parts.negatives(params, key_chain, rows, parts.encode(params, rows))

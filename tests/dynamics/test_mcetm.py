@@ -14,11 +14,14 @@ from emfuse_jax.dynamics import (
     Batch,
     McetmConfig,
     Scales,
+    _manifold,
     fuse_dynamics,
     mcetm,
 )
 from emfuse_jax.dynamics._energy_model import Rows
 from emfuse_jax.dynamics._manifold import manifold_negatives, perturb
+from emfuse_jax.dynamics.contrastive import training_rows
+from emfuse_jax.dynamics.mcetm import _parts
 from emfuse_jax.losses import info_nce, ranking_nce
 from emfuse_jax.nets.autoencoder import Autoencoder, autoencoder
 from emfuse_jax.tree import stack
@@ -168,6 +171,9 @@ def test_autoencoder_bounds_its_code_and_refuses_one_that_is_no_manifold():
         ({"code_noise": (0.5, 0.1)}, "expected \\(smallest, largest\\)"),
         ({"manifold_rows": 65}, "between 1 and energy_rows=64"),
         ({"magnitude_weight": -1.0}, "magnitude_weight=-1.0 must not be negative"),
+        ({"latent_step": 0.0}, "latent_step=0.0 must be positive"),
+        ({"visible_step": -1e-3}, "visible_step=-0.001 must be positive"),
+        ({"negatives": "langevin", "batch_size": 63}, "at most batch_size=63"),
     ],
 )
 def test_settings_that_would_lose_the_point_are_refused(changes, text):
@@ -219,6 +225,46 @@ def test_each_part_trains_on_its_own_loss_and_when_it_should(trained, batch):
     assert not moved(first.params.head, after.params.head)
     assert not moved(first.params.autoencoder, after.params.autoencoder)
     assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_the_condition_is_read_once_for_all_steps_of_a_chain(trained, batch):
+    _, _, state = trained
+    _, parts = _parts(TINY, SPEC)
+    count = 0
+
+    def prepare(params, feature):
+        nonlocal count
+        count += 1
+        return parts.forward.prepare(params, feature)
+
+    counting = parts._replace(forward=parts.forward._replace(prepare=prepare))
+
+    def energies(params, target):
+        rows = training_rows(jax.random.key(0), batch, "current", 1.0)
+        scale, encoded = parts.scale(params, rows), parts.encode(params, rows)
+        energy = counting.conditional(params, encoded, scale)
+        return energy(target), energy(2.0 * target)
+
+    shapes = jax.eval_shape(energies, state.params, jnp.zeros((16, 3)))
+    assert [shape.shape for shape in shapes] == [(16,), (16,)]
+    assert count == 1
+
+
+@pytest.mark.parametrize(("weight", "moves"), [(0.0, 0), (1e-3, 1)])
+def test_neighbours_are_not_encoded_for_nothing(
+    trained, batch, monkeypatch, weight, moves
+):
+    made = []
+
+    def counting(*args):
+        made.append(1)
+        return perturb(*args)
+
+    monkeypatch.setattr(_manifold, "perturb", counting)
+    config = dataclasses.replace(TINY, cross_weight=0.0, magnitude_weight=weight)
+    _, _, state = trained
+    jax.eval_shape(mcetm(config, SPEC).update, jax.random.key(0), state, batch)
+    assert len(made) == moves
 
 
 def test_two_equal_experts_fuse_to_one(trained, batch):
