@@ -5,10 +5,10 @@ r"""What do policies trained on recorded data alone return, and does guidance ad
 
 Records each environment's packaged behaviour policy (PointMaze: a controller that wanders),
 trains every method on it with `experiments.train_policy` (equal updates, all seeds as one
-program) and scores it on episodes of its own. The guided methods' inverse temperature and
-guidance scale are chosen on validation seeds, whose returns are not reported, and no policy
-is chosen by its return. Diffusion cloning is AEPO's own behaviour model, unguided. Steps
-that are finished are not done again; the JSON is written after each method.
+program) and scores it on episodes of its own. Inverse temperatures and guidance scales are
+chosen on validation seeds, whose returns are not reported, and no policy is chosen by its
+return. Diffusion cloning is AEPO's own behaviour model, unguided. Steps that are finished
+are not done again; the JSON is written after each method.
 """
 
 import dataclasses
@@ -58,8 +58,9 @@ class OfflinePoliciesConfig:
         hidden_sizes: of actors, critics and guidance.
         num_seeds: that are reported.
         episodes: deterministic episodes per seed.
-        temperatures: inverse temperatures to choose from, in standard deviations of the
-            advantage.
+        temperatures: of guidance, inverse temperatures to choose from, in standard
+            deviations of the advantage.
+        iql_temperatures: the same of implicit Q-learning, in units of the scaled reward.
         scales: guidance scales to choose from.
         validation_seeds: policies behind each choice, of seeds that are not reported.
         validation_episodes: per choice and seed.
@@ -76,6 +77,7 @@ class OfflinePoliciesConfig:
     num_seeds: int = 3
     episodes: int = 10
     temperatures: tuple[float, ...] = (1.0, 3.0)
+    iql_temperatures: tuple[float, ...] = (0.3, 1.0, 3.0)
     scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     validation_seeds: int = 2
     validation_episodes: int = 10
@@ -105,6 +107,7 @@ def own_config(
             hidden_sizes=sizes,
             learning_rate=1e-3,
             decay_steps=config.num_updates,
+            inverse_temperature=beta,
         )
     if method == "aepo":
         return AepoConfig(critics=critics, guidance=guidance, inverse_temperature=beta)
@@ -136,7 +139,7 @@ def train(
     data: str,
 ) -> tuple[artifacts.Trained, float]:
     """The trained policies (a seed axis leads, also of one) and the CPU seconds."""
-    name = f"{method}-beta{beta:g}" if method in GUIDED else method
+    name = f"{method}-beta{beta:g}" if beta else method
     run_dir = pathlib.Path(config.work) / env / f"{name}-seed{seed}"
     settings = {
         method: own_config(config, env, method, beta),
@@ -214,10 +217,13 @@ def scalable_act(model: GuidedDiffusion, own: Any, spec: Any) -> Any:
 def choose(
     config: OfflinePoliciesConfig, env: str, method: str, data: str
 ) -> dict[str, Any]:
-    """Inverse temperature and guidance scale by the validation seeds' mean return."""
+    """Inverse temperature and guidance scale (1 without guidance) by the validation seeds'
+    mean return."""
     table, player, spent = {}, None, 0.0
-    num, count = config.validation_seeds, len(config.scales)
-    for beta in config.temperatures:
+    guided, num = method in GUIDED, config.validation_seeds
+    scales = config.scales if guided else (1.0,)
+    count = len(scales)
+    for beta in config.temperatures if guided else config.iql_temperatures:
         options = {"seed": VALIDATION_SEED, "num_seeds": num, "data": data}
         trained, seconds = train(config, env, method, beta, **options)
         player = player or Player(env, method, trained)
@@ -227,15 +233,13 @@ def choose(
         )
         scores = player.scores(
             jax.random.key(VALIDATION_SEED),
-            (params, jnp.tile(jnp.asarray(config.scales), num)),
+            (params, jnp.tile(jnp.asarray(scales), num)) if guided else params,
             num * count,
             config.validation_episodes,
         )
         spent += seconds
         means = scores.reshape(num, count, -1).mean(axis=(0, 2))
-        table[f"{beta:g}"] = dict(
-            zip(map(str, config.scales), means.tolist(), strict=True)
-        )
+        table[f"{beta:g}"] = dict(zip(map(str, scales), means.tolist(), strict=True))
     best = max(
         ((float(b), float(s)) for b, row in table.items() for s in row),
         key=lambda pair: table[f"{pair[0]:g}"][str(pair[1])],
@@ -247,7 +251,7 @@ def measure(
     config: OfflinePoliciesConfig, env: str, method: str, data: str
 ) -> dict[str, dict[str, Any]]:
     """Rows of the table that one method gives: its own, and AEPO's unguided behaviour."""
-    chosen = choose(config, env, method, data) if method in GUIDED else {}
+    chosen = {} if method == "bc" else choose(config, env, method, data)
     trained, seconds = train(
         config,
         env,
@@ -266,7 +270,8 @@ def measure(
         scores = player.scores(jax.random.key(7), params, num, config.episodes)
         return {**summarize_scores(scores), "cpu_seconds": seconds}
 
-    rows = {method: {**row(chosen.get("scale")), "chosen": chosen}}
+    scale = chosen["scale"] if method in GUIDED else None
+    rows = {method: {**row(scale), "chosen": chosen}}
     if method == "aepo":
         # Trained along with the guidance, so that it has no cost of its own.
         rows["diffusion"] = row(0.0)
