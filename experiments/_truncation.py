@@ -100,7 +100,8 @@ def candidates_fn(
     trained: artifacts.Trained, num_candidates: int
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Next observations ``[candidate, rows, obs]`` for `model_based`."""
-    draw = candidates(with_sampling(trained)(DISPERSION), num_candidates)
+    config = CandidateConfig(num_candidates=num_candidates, sampling=DISPERSION)
+    draw = candidates(with_sampling(trained)(config.chains), num_candidates)
     lags = trained.model.expert.num_lags
 
     def following(

@@ -28,6 +28,7 @@ from emfuse_jax.dynamics.truncation import (
     CandidateConfig,
     calibrate,
     candidates,
+    lowest_return,
     min_energy_model,
 )
 from emfuse_jax.dynamics.uncertainty import (
@@ -65,6 +66,7 @@ __all__ = [
     "fuse_dynamics",
     "gaussian_ensemble",
     "historical_slice_uncertainty",
+    "lowest_return",
     "make_slices",
     "mcetm",
     "min_energy_model",

@@ -398,7 +398,7 @@ def descend(
     """Raw targets at the end of chains on the pooled energy, from ``fused.start``.
 
     Works on one slice per row (``[*batch]``) and on all of them (``[slice, *batch]``). The
-    key is consumed; it has no effect without noise.
+    key is consumed; it has no effect without noise and spread.
     """
     if num_steps == 0:
         return fused.start

@@ -16,6 +16,7 @@ from emfuse_jax.base import (
     History,
     Params,
     PolicyFn,
+    Prediction,
     TerminatedFn,
     Transition,
     TransitionModel,
@@ -105,11 +106,17 @@ def rollout(
             of value lies beyond what the model knows, as in MOReL's absorbing state
             (pessimistic where rewards are positive).
         halt_value: terminate: what such a step is worth in all, in place of its reward,
-            which comes from the same prediction; the least reward over
-            ``1 - discount`` is below every true value. None keeps the reward.
+            which comes from the same prediction; `lowest_return` is below every
+            true value. Rows whose prediction
+            is not finite then end so too: they are valid, and stay where they are. None
+            keeps the reward.
 
     Returns:
         `Rollout` with leaves ``[time, batch, …]``.
+
+    Raises:
+        ValueError: if ``unknown`` is neither of the two, or a ``halt_value`` comes without
+            ``unknown="terminate"``.
 
     Example:
         >>> from emfuse_jax.base import Prediction
@@ -128,49 +135,69 @@ def rollout(
         ([3.0, 2.0, 1.0, 0.0, -1.0], [True, True, True, False, False])
     """
 
+    if unknown not in ("truncate", "terminate"):
+        raise ValueError(f"unknown={unknown!r}; expected truncate or terminate")
+    if halt_value is not None and unknown != "terminate":
+        raise ValueError(
+            f"halt_value={halt_value} needs unknown='terminate': a truncated row is worth "
+            "what the learner says of its last state"
+        )
+
     def step(carry: tuple[History, jax.Array], time: jax.Array):
         past, alive = carry
-        last = time == horizon - 1
         step_key = jax.random.fold_in(key, time)
         key_policy, key_model = jax.random.split(step_key)
         observation = past.observation[0]
         action = policy(key_policy, observation)
         past = act_on(past, action)
-        predicted = model.predict(params, key_model, past)
-        # An infinite uncertainty must not pass for none: its row is cut as well.
-        finite = (
-            jnp.all(jnp.isfinite(predicted.next_observation), axis=-1)
-            & jnp.isfinite(predicted.reward)
-            & jnp.isfinite(predicted.uncertainty)
-        )
-        following = jnp.where(finite[:, None], predicted.next_observation, observation)
-        reward = jnp.where(finite, predicted.reward, 0.0)
-        uncertainty = jnp.where(finite, predicted.uncertainty, 0.0)
+        predicted, known = _finite(model.predict(params, key_model, past), observation)
+        following, uncertainty = predicted.next_observation, predicted.uncertainty
         terminated = terminated_fn(observation, action, following)
-        cut = ~finite
-        halted = jnp.zeros_like(cut)
+        paid, cut = predicted.reward - penalty * uncertainty, ~known
+        beyond = jnp.zeros_like(cut)
         if truncate_above is not None:
             beyond = uncertainty > truncate_above
-            cut, terminated = (
-                (cut | beyond, terminated)
-                if unknown == "truncate"
-                else (cut, terminated | beyond)
-            )
-            halted = beyond if unknown == "terminate" else halted
-        paid = reward - penalty * uncertainty
         if halt_value is not None:
-            paid = jnp.where(halted, halt_value, paid)
+            # What is not even finite is as unknown as can be.
+            beyond, known = beyond | cut, jnp.ones_like(known)
+            paid = jnp.where(beyond, halt_value, paid)
+        if unknown == "truncate":
+            cut = cut | beyond
+        else:
+            terminated = terminated | beyond
         transition = Transition(
             observation=observation,
             action=action,
             reward=paid,
             next_observation=following,
             terminated=terminated,
-            truncated=~terminated & (cut | last),
+            truncated=~terminated & (cut | (time == horizon - 1)),
         )
-        out = Rollout(transition, reward, uncertainty, alive & finite)
+        out = Rollout(transition, predicted.reward, uncertainty, alive & known)
         return (push(past, following), alive & ~terminated & ~cut), out
 
     alive = jnp.ones(history.valid.shape[1:], bool)
     _, steps = jax.lax.scan(step, (history, alive), jnp.arange(horizon))
     return steps
+
+
+def _finite(
+    predicted: Prediction, observation: Float[Array, "batch obs"]
+) -> tuple[Prediction, Bool[Array, "batch"]]:
+    """The prediction with rows that are not finite left where they were, and which are.
+
+    An infinite uncertainty must not pass for none: its row is not finite either.
+    """
+    finite = (
+        jnp.all(jnp.isfinite(predicted.next_observation), axis=-1)
+        & jnp.isfinite(predicted.reward)
+        & jnp.isfinite(predicted.uncertainty)
+    )
+    replaced = predicted._replace(
+        next_observation=jnp.where(
+            finite[:, None], predicted.next_observation, observation
+        ),
+        reward=jnp.where(finite, predicted.reward, 0.0),
+        uncertainty=jnp.where(finite, predicted.uncertainty, 0.0),
+    )
+    return replaced, finite

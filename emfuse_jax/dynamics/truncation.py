@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from emfuse_jax.base import History, Params, Prediction, TransitionModel
 from emfuse_jax.dynamics.base import pick_slice
@@ -39,6 +40,13 @@ class CandidateConfig:
     sampling: SamplingConfig = SamplingConfig(  # noqa: RUF009
         num_steps=20, spread=1.0, margin=4.0, first=0.3, last=1e-2
     )
+
+    @property
+    def chains(self) -> SamplingConfig:
+        """``sampling`` for models that are mapped over the candidates: these share the rows
+        that run together, ``block_rows`` in all."""
+        rows = max(self.sampling.block_rows // self.num_candidates, 1)
+        return dataclasses.replace(self.sampling, block_rows=rows)
 
     def __post_init__(self) -> None:
         if self.num_candidates < 1:
@@ -156,7 +164,7 @@ def min_energy_model(
     """
     if calibration is not None:
         calibration.check(config, model=model)
-    one = build(config.sampling)
+    one = build(config.chains)
     draw = candidates(one, config.num_candidates)
 
     def best(params: Params, key: jax.Array, history: History) -> Prediction:
@@ -174,6 +182,20 @@ def min_energy_model(
         ),
         expert=one.expert,
     )
+
+
+def lowest_return(reward: Float[Array, "*rows"], discount: float) -> Float[Array, ""]:
+    """A bound below every return: each step pays at least the least of ``reward``, and
+    episodes may end at once or never. It is what a step into the unknown may be worth.
+
+    Example:
+        >>> float(lowest_return(jnp.array([3.0, -1.0]), 0.75))
+        -4.0
+        >>> float(lowest_return(jnp.array([3.0, 1.0]), 0.75))  # it may end with this step
+        1.0
+    """
+    least = jnp.min(reward)
+    return jnp.minimum(least, least / (1.0 - discount))
 
 
 def calibrate(
@@ -196,7 +218,8 @@ def calibrate(
         model: digest of ``params``, stored.
 
     Raises:
-        ValueError: if the quantile is not between 0 and 1 or no row has a finite energy.
+        ValueError: if the quantile is not between 0 and 1, there is no row, or one has no
+            finite energy.
 
     Example:
         >>> from emfuse_jax.base import Prediction

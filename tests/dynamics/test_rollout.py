@@ -194,7 +194,7 @@ def constant_model(change, *, at=None, **wrong):
     return TransitionModel(predict, lambda *_: None, lambda *_: None)
 
 
-def roll(model, observation, *, terminated_fn=never, horizon=4) -> Rollout:
+def roll(model, observation, *, terminated_fn=never, horizon=4, **options) -> Rollout:
     history = make_history(observation, num_lags=2, action_size=1)
     history = history._replace(valid=history.valid.at[1].set(False))
     return rollout(
@@ -206,6 +206,7 @@ def roll(model, observation, *, terminated_fn=never, horizon=4) -> Rollout:
         horizon,
         terminated_fn=terminated_fn,
         penalty=1.0,
+        **options,
     )
 
 
@@ -219,6 +220,36 @@ def test_a_prediction_that_is_not_finite_cuts_its_row(field, value):
     # Nothing that is not finite leaves the rollout, valid or not.
     for leaf in jax.tree.leaves(result):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
+
+
+@pytest.mark.parametrize("above", [None, 2.0])
+@pytest.mark.parametrize("field", ["next_observation", "uncertainty"])
+def test_a_halt_value_is_paid_for_what_is_not_even_finite(field, above):
+    """As unknown as can be: unpaid and not valid, it would be no warning to a learner."""
+    wrong = constant_model(0.1, at=1, **{field: jnp.inf})
+    options = {"unknown": "terminate", "truncate_above": above}
+    result = roll(wrong, jnp.zeros((3, 2)), halt_value=-7.0, **options)
+    expected = np.zeros((4, 3))
+    expected[1:, 1] = -7.0
+    np.testing.assert_array_equal(result.transition.reward, expected)
+    np.testing.assert_array_equal(result.transition.terminated, expected < 0.0)
+    valid = np.ones((4, 3), bool)
+    valid[2:, 1] = False
+    np.testing.assert_array_equal(result.valid, valid)
+    for leaf in jax.tree.leaves(result):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    # Without one there is no reward to store: the row ends before the step.
+    silent = roll(wrong, jnp.zeros((3, 2)), **options)
+    np.testing.assert_array_equal(silent.valid, valid & (expected == 0.0))
+    assert not silent.transition.terminated.any()
+
+
+@pytest.mark.untyped
+def test_ends_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="needs unknown='terminate'"):
+        roll(constant_model(0.1), jnp.zeros((1, 2)), halt_value=-7.0)
+    with pytest.raises(ValueError, match="unknown='halt'; expected truncate or termin"):
+        roll(constant_model(0.1), jnp.zeros((1, 2)), unknown="halt")
 
 
 @pytest.mark.parametrize("size", [150.0, -150.0, -500.0])

@@ -16,6 +16,7 @@ from emfuse_jax.dynamics import (
     SamplingConfig,
     calibrate,
     candidates,
+    lowest_return,
     min_energy_model,
     rollout,
     transition_model,
@@ -137,6 +138,20 @@ def test_another_models_threshold_is_refused_and_blocks_of_rows_are_not(calibrat
     assert calibration.threshold == pytest.approx(0.5 * 0.99**2, abs=0.01)
 
 
+@pytest.mark.parametrize(("num", "rows"), [(4, 128), (1000, 1)])
+def test_candidates_share_the_rows_that_run_together(num, rows):
+    """All of them run at once: whole blocks for each would be that much more memory."""
+    built = []
+
+    def recording(sampling):
+        built.append(sampling)
+        return build(sampling)
+
+    config = CandidateConfig(num_candidates=num)
+    min_energy_model(recording, config)
+    assert built == [dataclasses.replace(config.sampling, block_rows=rows)]
+
+
 @pytest.mark.parametrize("quantile", [0.0, 1.0])
 def test_a_quantile_that_cuts_all_or_nothing_is_refused(quantile):
     with pytest.raises(ValueError, match="quantile"):
@@ -188,7 +203,7 @@ def test_pessimistic_values_stay_below_true_ones_and_rollouts_end_at_the_edge(
             terminated_fn=lambda s, a, n: jnp.zeros(s.shape[:-1], bool),
             truncate_above=threshold,
             unknown="terminate",
-            halt_value=CLIFF / (1 - DISCOUNT),
+            halt_value=lowest_return(jnp.array([CLIFF, 1.0]), DISCOUNT),
         )
 
     def value(steps):
