@@ -60,7 +60,6 @@ class _Table:
     """What `MujocoBatch` asks of its table."""
 
     frame_skip: int = 1
-    velocity_clip: float = SPEED_LIMIT
 
 
 class PointMazeBatch(MujocoBatch):
@@ -131,7 +130,9 @@ class PointMazeBatch(MujocoBatch):
     def step(
         self, action: np.ndarray, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One step; see `MujocoBatch.step`. Velocities are limited before it."""
+        """One step; see `MujocoBatch.step`. Velocities are limited before it, actions
+        clipped to [−1, 1]."""
+        action = self._check_action(action, self.num_envs)
         rows = range(self.num_envs) if mask is None else np.flatnonzero(mask)
         for i in rows:
             data = self._data[i]
@@ -144,6 +145,7 @@ class PointMazeBatch(MujocoBatch):
         self, qpos: np.ndarray, qvel: np.ndarray, action: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One step from any states; see `MujocoBatch.oracle_step`."""
+        action = self._check_action(action, len(qpos))
         qvel = np.clip(qvel, -SPEED_LIMIT, SPEED_LIMIT)
         return super().oracle_step(qpos, qvel, np.clip(action, -1.0, 1.0))
 

@@ -99,6 +99,14 @@ def test_reads_the_newest_lag_only():
         predict(state.params, jax.random.key(2), history),
         predict(state.params, jax.random.key(2), newest),
     )
+    for name in ("observation", "action"):  # and both of it
+        other = newest._replace(**{name: getattr(newest, name) + 1.0})
+        following = [
+            predict(state.params, jax.random.key(2), each).next_observation
+            - each.observation[0]
+            for each in (newest, other)
+        ]
+        assert (np.abs(following[1] - following[0]) > 1e-4).all()
 
 
 @pytest.mark.parametrize(

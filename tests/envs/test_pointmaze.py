@@ -40,6 +40,27 @@ def test_steps_equal_gymnasium_robotics_bit_for_bit(env):
     peer.close()
 
 
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        (np.full((4, 2), np.inf), "8 action values are NaN or infinite"),
+        (np.zeros((3, 2)), "actions have shape \\(3, 2\\)"),
+    ],
+)
+def test_a_refused_action_leaves_the_balls_where_they_were(env, action, text):
+    """An infinite one too, although it could be clipped."""
+    env.seed(3)
+    env.reset()
+    env._data[0].qvel[:] = 9.0
+    before = env.get_state()
+    with pytest.raises(ValueError, match=text):
+        env.step(action)
+    np.testing.assert_array_equal(env.get_state().simulator, before.simulator)
+    position, velocity = env.positions()
+    with pytest.raises(ValueError, match=text):
+        env.oracle_step(position, velocity, action)
+
+
 def test_starts_are_free_cells_away_from_the_goal(env):
     env.seed(0)
     starts = np.concatenate([env.reset() for _ in range(50)])
