@@ -4,6 +4,11 @@ Arrays are written by orbax, one folder per step, under a temporary name until a
 written. Beside them go a digest of every leaf, since a flipped bit restores silently,
 and the shapes, so that a checkpoint of another architecture is told apart from a
 damaged one. Kept are the newest steps and the one with the best score.
+
+With several processes (``jax.distributed``) all of them call these functions with the
+same arguments, on a folder that all see: each writes and reads its own shards, the first
+one writes the rest and deletes. The digest is of whole arrays, so a checkpoint can be
+restored onto any other number of processes and devices.
 """
 
 import errno
@@ -86,7 +91,9 @@ def save(
             "restore_latest(), or delete_after() the step to go on from"
         )
     _write(folder, step, tree, meta)
-    _delete(folder, set(steps(folder)) - _preserved(folder, keep))
+    if _leads():
+        _delete(folder, set(steps(folder)) - _preserved(folder, keep))
+    _wait_for_all("deleted")
 
 
 def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None) -> Any:
@@ -142,13 +149,18 @@ def restore_latest(
     folder = pathlib.Path(path).absolute()
     damaged: dict[int, str] = {}
     for step in sorted(steps(folder), reverse=True):
+        tree, damage = None, None
         try:
             tree = _read(folder, step, like)
         except _DamageError as error:
-            damaged[step] = str(error)
+            damage = str(error)
+        if _anywhere(damage is not None):
+            damaged[step] = damage or "another process could not read it"
             continue
         if discard_damaged:
-            delete_after(folder, step)
+            if _leads():
+                delete_after(folder, step)
+            _wait_for_all("discarded")
         return Restored(step, tree, damaged)
     if damaged:
         raise ValueError(f"every checkpoint in {folder} is damaged: {damaged}")
@@ -213,7 +225,7 @@ def tree_digest(tree: Any) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, leaf in _named_leaves(jax.tree.map(_canonical, tree)):
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        array = _whole(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -254,8 +266,10 @@ def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> 
     """Writes under a temporary name, which orbax changes when all is on the disk."""
     import orbax.checkpoint as ocp
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(folder)
+    if _leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder)
+    _wait_for_all("cleared")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
@@ -279,6 +293,38 @@ def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> 
 def _clear_leftovers(folder: pathlib.Path) -> None:
     for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leads() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"emfuse_jax checkpoint {name}")
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether it holds in any process; the same answer in all."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """All of an array, also where other processes hold parts of it."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _errno(error: BaseException | None) -> int:

@@ -66,7 +66,8 @@ def axis_size(mesh: Mesh, axis: str) -> int:
     """The number of devices along ``axis``.
 
     Raises:
-        ValueError: if the mesh has no such axis.
+        ValueError: if the mesh has no such axis, or one of type ``Explicit``, which
+            ``jax.make_mesh`` makes unless told otherwise.
 
     Example:
         >>> axis_size(make_mesh({"data": 1}), "data")
@@ -76,6 +77,13 @@ def axis_size(mesh: Mesh, axis: str) -> int:
         raise ValueError(
             f"the mesh has no axis {axis!r}, only {list(mesh.shape)}; name one of "
             f"these or add it: make_mesh({{{axis!r}: …}})"
+        )
+    axis_type = mesh.axis_types[mesh.axis_names.index(axis)]
+    if axis_type == AxisType.Explicit:
+        raise ValueError(
+            f"mesh axis {axis!r} is of type Explicit, which changes the types of arrays; "
+            "use emfuse_jax.parallel.make_mesh, or pass axis_types=(AxisType.Auto, …) to "
+            "jax.make_mesh"
         )
     return mesh.shape[axis]
 

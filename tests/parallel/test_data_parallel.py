@@ -4,18 +4,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emfuse_jax import artifacts
 from emfuse_jax.base import Dynamics, Learner, Policy, TransitionModel
 from emfuse_jax.loops import fit
 from emfuse_jax.parallel.data_parallel import data_parallel, pmap_update
 from emfuse_jax.parallel.mesh import make_mesh, replicate
-from parallel._learners import LEARNING_RATE, energy_learner, train
+from parallel._work import LEARNING_RATE, energy_learner, rows, train
+
+pytestmark = pytest.mark.quick_compile
 
 ROWS = 64
 
 
 @pytest.fixture(scope="module")
 def data():
-    return 1.0 + jax.random.normal(jax.random.key(8), (ROWS, 3))
+    return jnp.asarray(rows(ROWS))
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,15 @@ def assert_equal(actual, expected):
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"other": 2, "data": 4}], ids=str)
-def test_three_sgd_steps_equal_one_device(sizes, data, alone):
+@pytest.mark.parametrize(
+    "sizes", [{"data": 1}, {"data": 4}, {"data": 8}, {"other": 2, "data": 4}], ids=str
+)
+def test_gradients_and_three_sgd_steps_equal_one_device(sizes, data, alone):
     learner = data_parallel(energy_learner(), make_mesh(sizes))
-    result = jax.jit(lambda k, d: train(learner, k, d))(new_key(), data)
-    assert_equal(result, alone)
+    state, metrics = jax.jit(lambda k, d: train(learner, k, d))(new_key(), data)
+    assert set(metrics) == {"loss", "d_first", "d_last"}  # loss and gradients
+    assert_equal((state, metrics), alone)
+    assert len(state.params["last"].sharding.device_set) == np.prod([*sizes.values()])
 
 
 def test_a_gradient_that_is_n_times_too_large_would_be_seen(data, alone):
@@ -44,6 +51,7 @@ def test_a_gradient_that_is_n_times_too_large_would_be_seen(data, alone):
     state, _ = jax.jit(lambda k, d: train(wrong, k, d))(new_key(), data)
     gap = jnp.max(jnp.abs(state.params["last"] - alone[0].params["last"]))
     assert gap > 1e-2
+    assert jnp.min(jnp.abs(alone[1]["d_last"][0])) > 1e-4
 
 
 def test_devices_exchange_sums_and_not_rows(data):
@@ -138,6 +146,22 @@ def test_a_state_that_the_caller_keeps_survives_donation(data):
     jax.jit(learner.update, donate_argnums=1)(new_key(), placed, data)
     assert placed.params["first"].is_deleted()
     assert np.isfinite(np.asarray(pretrained.params["first"])).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+def test_a_run_saved_on_some_devices_resumes_on_others(
+    before, after, data, alone, tmp_path
+):
+    learner = data_parallel(energy_learner(), make_mesh({"data": before}))
+    state, _ = jax.jit(lambda k, d: train(learner, k, d, 2))(new_key(), data)
+    artifacts.save(tmp_path, 2, state)
+    learner = data_parallel(energy_learner(), make_mesh({"data": after}))
+    found = artifacts.restore_latest(tmp_path, learner.init(jax.random.key(0)))
+    assert len(found.tree.params["last"].sharding.device_set) == after
+    state, _ = jax.jit(lambda k, s, d: train(learner, k, d, 1, s, start=2))(
+        new_key(), found.tree, data
+    )
+    assert_equal(state, alone[0])
 
 
 def test_errors_name_the_numbers(data):

@@ -8,9 +8,26 @@ import jax
 import numpy as np
 import pytest
 
-from emfuse_jax.parallel import multihost
-from emfuse_jax.parallel.mesh import make_mesh
-from parallel._learners import energy_learner, train
+from emfuse_jax import artifacts
+from emfuse_jax.parallel import (
+    ROW_KEY,
+    data_parallel,
+    make_mesh,
+    multihost,
+    shard_rows,
+    split,
+)
+from parallel._work import (
+    PARAMS,
+    chain,
+    dispersion,
+    energy_learner,
+    rows,
+    slices,
+    train,
+)
+
+pytestmark = pytest.mark.quick_compile
 
 HERE = pathlib.Path(__file__).parent
 
@@ -59,16 +76,21 @@ def test_starting_too_late_or_without_a_cluster_names_the_fix():
     assert "give all three of coordinator_address" in found.stdout, found.stderr
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    """Each holds half of the rows; the state is that of one process with all."""
-    output = tmp_path / "params.npz"
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """What two processes of two devices each have made, in a folder."""
+    folder = tmp_path_factory.mktemp("hosts")
+    mesh = make_mesh({"data": 8})
+    learner = data_parallel(energy_learner(), mesh)
+    batch = split(rows(), mesh)
+    state, _ = jax.jit(lambda k, d: train(learner, k, d, 2))(jax.random.key(3), batch)
+    artifacts.save(folder / "eight", 2, {"state": state, "rows": batch})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    hosts = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "_two_hosts.py", str(rank), port, output],
+            [sys.executable, HERE / "_two_hosts.py", str(rank), port, folder],
             env=_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -78,20 +100,85 @@ def test_two_processes_train_as_one(tmp_path):
     ]
     logs = []
     try:
-        logs = [host.communicate(timeout=120)[0] for host in hosts]
+        logs = [process.communicate(timeout=180)[0] for process in processes]
     finally:
-        for host in hosts:
+        for process in processes:
             # A hung worker ignores SIGTERM: jax's preemption notifier catches it.
-            host.kill()
-            host.wait()
-    assert [host.returncode for host in hosts] == [0, 0], "\n".join(logs)
-    rows = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
-    state, _ = jax.jit(lambda k, d: train(energy_learner(), k, d))(
-        jax.random.key(3), rows
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(hosts):
+    with np.load(hosts / "results.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """State and metrics of three steps, on one device."""
+    return jax.jit(lambda k, d: train(energy_learner(), k, d))(
+        jax.random.key(3), rows()
     )
-    with np.load(output) as params:
-        for name, value in state.params.items():
-            np.testing.assert_allclose(params[name], value, rtol=1e-5, atol=1e-6)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_gradients_and_steps_of_one(results, alone):
+    """Each holds half of the rows."""
+    state, metrics = alone
+    for name, expected in {**state.params, **metrics}.items():
+        close(results[name], expected)
+    assert np.max(np.abs(metrics["d_last"])) > 1e-2
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_numbers_of_one(results):
+    one = make_mesh({"data": 1})
+    draw = shard_rows(
+        lambda k, x: jax.random.normal(k, x.shape), one, in_axes=(ROW_KEY, 0)
+    )
+    expected = jax.jit(draw)(jax.random.key(5), rows())
+    np.testing.assert_array_equal(results["numbers"], expected)
+    assert len(np.unique(results["numbers"])) == expected.size
+    chains = jax.jit(shard_rows(chain, one))(PARAMS, jax.random.key(5), rows())
+    close(results["chains"], chains)
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_uncertainties_of_one(results):
+    close(results["uncertainty"], dispersion(PARAMS, slices()))
+
+
+@pytest.mark.slow
+def test_a_run_of_eight_devices_resumes_on_two_processes(results, alone):
+    for name, expected in alone[0].params.items():
+        close(results[f"resumed_{name}"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_of_two_processes_resumes_on_one(hosts, alone, devices):
+    mesh = make_mesh({"data": devices})
+    learner = data_parallel(energy_learner(), mesh)
+    like = {"state": learner.init(jax.random.key(0)), "rows": split(rows(), mesh)}
+    found = artifacts.restore_latest(hosts / "four", like)
+    assert found.step == 3
+    assert artifacts.best_step(hosts / "four") == 3
+    np.testing.assert_array_equal(found.tree["rows"], rows())
+    for name, expected in alone[0].params.items():
+        close(found.tree["state"].params[name], expected)
+        # The digest of what lay on two hosts is that of the whole arrays.
+    digest = artifacts.read_meta(hosts / "four", 3)["digest"]
+    assert artifacts.tree_digest(found.tree) == digest
+    following = jax.jit(lambda s, d: train(learner, jax.random.key(3), d, 1, s, 3))
+    state, _ = following(found.tree["state"], found.tree["rows"])
+    assert int(state.steps) == 4
 
 
 def _environment():

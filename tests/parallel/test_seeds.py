@@ -7,7 +7,9 @@ from emfuse_jax.parallel.data_parallel import data_parallel
 from emfuse_jax.parallel.mesh import make_mesh
 from emfuse_jax.parallel.rows import shard_rows
 from emfuse_jax.parallel.seeds import pmap_seeds, shard_seeds
-from parallel._learners import energy, energy_learner, train
+from parallel._work import energy, energy_learner, rows, train
+
+pytestmark = pytest.mark.quick_compile
 
 
 def new_seeds():
@@ -17,7 +19,7 @@ def new_seeds():
 
 @pytest.fixture(scope="module")
 def data():
-    return 1.0 + jax.random.normal(jax.random.key(8), (32, 3))
+    return jnp.asarray(rows())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def run_alone(key, data):
     return train(energy_learner(), key, data)
 
 
-@pytest.mark.parametrize("devices", [3, 8])
+@pytest.mark.parametrize("devices", [1, 3, 4, 8])
 def test_split_seeds_equal_a_loop_of_seeds(devices, data, looped):
     runs = jax.jit(shard_seeds(run_alone, make_mesh({"seed": devices})))
     assert_equal(runs(new_seeds(), data), looped)
