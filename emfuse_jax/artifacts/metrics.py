@@ -128,6 +128,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if a line is damaged; the text names it.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> _ = path.write_text('{"step": 1, "loss": 0.5}\\n{"step": 2, "lo')  # killed here
+        >>> read_metrics(path)
+        [{'step': 1, 'loss': 0.5}]
     """
     rows = []
     for number, line in enumerate(_rows(pathlib.Path(path)), start=1):
@@ -151,6 +158,13 @@ def export_csv(
 
     Returns:
         The header.
+
+    Example:
+        >>> import tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "metrics.jsonl").write_text('{"step": 1, "loss": [0.5, 0.6]}\\n')
+        >>> export_csv(folder / "metrics.jsonl", folder / "metrics.csv")
+        ['step', 'loss/0', 'loss/1']
     """
     rows = [_flat(row) for row in read_metrics(path)]
     header = list(dict.fromkeys(name for row in rows for name in row))

@@ -96,6 +96,13 @@ def save_behaviour(path: str | pathlib.Path, policy: Behaviour) -> None:
 
     Raises:
         ValueError: if the shapes do not fit together.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/mine.npz"
+        >>> save_behaviour(path, load_behaviour("hopper_medium"))
+        >>> load_behaviour(path).spec
+        SpaceSpec(observation_size=11, action_size=3)
     """
     arrays: dict[str, Any] = {
         f"{name}.{part}": np.asarray(getattr(getattr(policy, name), part), np.float32)

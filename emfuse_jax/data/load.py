@@ -30,6 +30,16 @@ def load_dataset(
         FileNotFoundError: if there is no such data set.
         ValueError: for an unknown format, or data that are not usable; see
             `make_dataset`.
+
+    Example:
+        >>> import tempfile
+        >>> from emfuse_jax.data.d4rl_reader import dataset_arrays, write_d4rl
+        >>> from emfuse_jax.data.synthetic import linear_gaussian
+        >>> folder = tempfile.mkdtemp()
+        >>> dataset, _ = linear_gaussian(num_episodes=2, length=10)
+        >>> write_d4rl(f"{folder}/data.hdf5", dataset_arrays(dataset))
+        >>> load_dataset("data.hdf5", root=folder).reward.shape
+        (20,)
     """
     if format is None:
         path = pathlib.Path(root or ".") / source

@@ -131,6 +131,15 @@ def find_files(source: TextSource) -> list[tuple[str, pathlib.Path]]:
 
     Raises:
         FileNotFoundError: if there are none.
+
+    Example:
+        >>> import tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp()) / "notes"
+        >>> folder.mkdir()
+        >>> _ = (folder / "a.txt").write_text("one"), (folder / "b.md").write_text("two")
+        >>> found = find_files(TextSource(name="mine", patterns=(f"{folder}/*.txt",)))
+        >>> [name for name, _ in found]
+        ['notes/a.txt']
     """
     found: dict[pathlib.Path, str] = {}
     for pattern in source.patterns:
@@ -171,6 +180,13 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> 
         FileNotFoundError: if there is none.
         ValueError: if it is not UTF-8 text or the compressed data are damaged; the text
             names the file and the byte.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> _ = path.write_text("one\\ntwo\\nthree\\n")
+        >>> read_text(path, max_bytes=9).split()  # whole lines
+        ['one', 'two']
     """
     return _read_start(path, max_bytes)[0]
 
@@ -195,6 +211,12 @@ def split_documents(
     Args:
         documents: in any order, which is kept.
         held_out: the fraction held out, rounded, at least one document.
+
+    Example:
+        >>> documents = [Document(f"{i}.txt", "…") for i in range(10)]
+        >>> train, held_out = split_documents(documents, 0.2)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     order = sorted(documents, key=lambda document: _digest(f"side of {document.name}"))
     count = max(1, round(held_out * len(order)))

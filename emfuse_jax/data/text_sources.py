@@ -44,6 +44,10 @@ def default_sources() -> dict[str, TextSource]:
     ``python``: the standard library. ``man``: manual pages, sections 1, 3, 5 and 8, as
     roff. ``c``: C headers. ``docs``: read-me files and package descriptions. ``perl``:
     Perl modules. ``legal``: licences.
+
+    Example:
+        >>> list(default_sources())
+        ['python', 'man', 'c', 'docs', 'perl', 'legal']
     """
     packages = sysconfig.get_path("purelib")
     everywhere = {
@@ -90,6 +94,10 @@ def available_sources(count: int, *, min_files: int = 40) -> list[TextSource]:
 
     Raises:
         FileNotFoundError: if there are fewer; the text lists what was looked for.
+
+    Example:
+        >>> available_sources(1, min_files=10)[0].name  # every Python has a standard library
+        'python'
     """
     found, missed = [], []
     for source in default_sources().values():

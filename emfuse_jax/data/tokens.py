@@ -60,6 +60,11 @@ def token_streams(
     Raises:
         ValueError: if a stream is shorter than a window, or the shares are of another
             count, negative or all zero.
+
+    Example:
+        >>> streams = token_streams([[1, 2, 3], [4, 5, 6, 7, 8]], window=3)
+        >>> streams.num_tokens.tolist(), streams.shares.tolist()
+        ([3, 5], [0.5, 0.5])
     """
     lengths = [len(stream) for stream in streams]
     for index, length in enumerate(lengths):
@@ -95,6 +100,14 @@ def sample_token_windows(
             becomes its constant.
         batch_size: windows.
         window: tokens in each.
+
+    Example:
+        >>> streams = token_streams([[1, 2, 3], [4, 5, 6]], shares=[0.0, 1.0], window=3)
+        >>> @jax.jit
+        ... def draw(key, streams):
+        ...     return sample_token_windows(key, streams, batch_size=2, window=3)
+        >>> draw(jax.random.key(0), streams).tolist()
+        [[4, 5, 6], [4, 5, 6]]
     """
     key_domain, key_start = jax.random.split(key)
     log_shares = jnp.log(jnp.asarray(streams.shares))
@@ -126,6 +139,12 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> str:
     References:
         Radford, Wu, Child, Luan, Amodei & Sutskever, Language Models are Unsupervised
         Multitask Learners, 2019 (section 2.2).
+
+    Example:
+        >>> import json
+        >>> made = json.loads(train_bpe(["low lower lowest"] * 10, 300))
+        >>> made["model"]["merges"][0]  # the commonest pair
+        ['l', 'o']
     """
     if vocab_size < 257:
         raise ValueError(

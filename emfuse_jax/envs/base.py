@@ -47,6 +47,20 @@ def auto_reset(env: Environment, *, max_steps: int | None = None) -> Environment
 
     Raises:
         ValueError: if ``max_steps`` is below 1.
+
+    Example:
+        >>> from emfuse_jax.envs.toy import endless_reward
+        >>> env = auto_reset(endless_reward(), max_steps=2)
+        >>> @jax.jit
+        ... def play(key):
+        ...     def step(state, key):
+        ...         state, transition = env.step(key, state, jnp.zeros(1))
+        ...         return state, transition.truncated
+        ...
+        ...     keys = jax.random.split(key, 6)
+        ...     return jax.lax.scan(step, env.reset(keys[0])[0], keys[1:])[1]
+        >>> play(jax.random.key(0)).tolist()
+        [False, True, False, True, False]
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(

@@ -129,6 +129,12 @@ def check_environment(name: str) -> MujocoSpec:
     Raises:
         ValueError: for an environment that is not in `ENVIRONMENTS`; lists those that
             are.
+
+    Example:
+        >>> check_environment("swimmer")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown environment 'swimmer'; known: ...
     """
     if name not in ENVIRONMENTS:
         raise ValueError(

@@ -156,6 +156,13 @@ def integrate(
 
     ``x ← x + v Δt``, ``v ← v + (k_p (target - x) - k_v v) Δt`` where the force is that of
     the state before both, ``action_repeat`` times.
+
+    Example:
+        >>> config = ParticleConfig(num_dims=1, action_repeat=1, time_step=0.1)
+        >>> middle, rest = jnp.array([0.5]), jnp.zeros(1)
+        >>> position, velocity = integrate(config, middle, rest, jnp.array([1.0]))  # towards 1
+        >>> position.tolist(), velocity.tolist()  # 10 · 0.5 · 0.1; the position follows
+        ([0.5], [0.5])
     """
     target = jnp.clip(0.5 * (action + 1.0), 0.0, 1.0)
 
@@ -168,7 +175,17 @@ def integrate(
 
 
 def succeeded(config: ParticleConfig, state: ParticleState) -> Bool[Array, "*batch"]:
-    """Both goals visited in order, and the point at the second one now."""
+    """Both goals visited in order, and the point at the second one now.
+
+    Example:
+        >>> here, there = jnp.array([0.5, 0.5]), jnp.array([0.9, 0.9])
+        >>> yes, zero = jnp.array(True), jnp.array(0)
+        >>> state = ParticleState(here, jnp.zeros(2), there, here, yes, yes, zero)
+        >>> bool(succeeded(ParticleConfig(), state)), bool(
+        ...     succeeded(ParticleConfig(), state._replace(position=there))
+        ... )
+        (True, False)
+    """
     return state.visited_second & _at(config, state.position, state.second_goal)
 
 
@@ -262,6 +279,14 @@ def collect_demonstrations(
     Returns:
         Transitions with leaves ``[num_steps, num_episodes, …]``, and which episodes
         ended in success: clone those.
+
+    Example:
+        >>> shapes, successes = jax.eval_shape(
+        ...     lambda key: collect_demonstrations(key, ParticleConfig(num_dims=4), 100),
+        ...     jax.random.key(0),
+        ... )
+        >>> shapes.action.shape, successes.shape
+        ((50, 100, 4), (100,))
     """
     env = particle(config)
     oracle = particle_oracle() if oracle is None else oracle

@@ -121,6 +121,13 @@ def d4rl_arrays(episodes: list[Episode]) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: if there are none.
+
+    Example:
+        >>> rows = np.zeros((3, 2))
+        >>> episode = Episode(rows, rows, rows, coverage=np.array([0.1, 0.5, 0.96]))
+        >>> arrays = d4rl_arrays([episode])
+        >>> arrays["terminals"].tolist(), arrays["timeouts"].tolist()
+        ([False, False, True], [False, False, False])
     """
     if not episodes:
         raise ValueError("no episodes; expected at least one")

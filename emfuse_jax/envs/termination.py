@@ -54,7 +54,14 @@ def walker2d_terminated(
     action: Float[Array, "*batch act"],
     next_observation: Float[Array, "*batch obs"],
 ) -> Bool[Array, "*batch"]:
-    """Fallen: height outside (0.8, 2.0) or angle at least 1 rad; or a blow-up."""
+    """Fallen: height outside (0.8, 2.0) or angle at least 1 rad; or a blow-up.
+
+    Example:
+        >>> stands = jnp.zeros((1, 17)).at[:, 0].set(1.2)
+        >>> leans = stands.at[:, 1].set(1.1)
+        >>> [walker2d_terminated(stands, jnp.zeros((1, 6)), x).item() for x in (stands, leans)]
+        [False, True]
+    """
     del observation, action
     height, angle = next_observation[..., 0], next_observation[..., 1]
     healthy = (height > 0.8) & (height < 2.0) & (jnp.abs(angle) < 1.0)
@@ -66,7 +73,13 @@ def halfcheetah_terminated(
     action: Float[Array, "*batch act"],
     next_observation: Float[Array, "*batch obs"],
 ) -> Bool[Array, "*batch"]:
-    """Never in the real task; only on a blow-up."""
+    """Never in the real task; only on a blow-up.
+
+    Example:
+        >>> upside_down = jnp.full((1, 17), 3.0)
+        >>> halfcheetah_terminated(upside_down, jnp.zeros((1, 6)), upside_down).tolist()
+        [False]
+    """
     del observation, action
     return _outside(next_observation)
 
@@ -87,6 +100,14 @@ def get_terminated_fn(name: str) -> TerminatedFn:
 
     Raises:
         ValueError: if the name is neither, or the module or function cannot be loaded.
+
+    Example:
+        >>> get_terminated_fn("hopper").__name__
+        'hopper_terminated'
+        >>> get_terminated_fn("my_robot")
+        Traceback (most recent call last):
+            ...
+        ValueError: no termination function for 'my_robot'; known: ...
     """
     if name in TERMINATED_FNS:
         return TERMINATED_FNS[name]

@@ -45,6 +45,17 @@ def from_dynamics(
         spec: sizes of the spaces.
         draw: ``key -> observation [obs]``.
         dynamics: ``(observation, action) -> (next_observation, reward, terminated)``.
+
+    Example:
+        >>> counter = from_dynamics(  # counts up, is paid the action, ends at 2
+        ...     SpaceSpec(observation_size=1, action_size=1),
+        ...     lambda key: jnp.zeros(1),
+        ...     lambda state, action: (state + 1, action[0], state[0] + 1 >= 2),
+        ... )
+        >>> state, _ = counter.reset(jax.random.key(0))
+        >>> _, transition = counter.step(jax.random.key(1), state, jnp.array([0.25]))
+        >>> float(transition.reward), bool(transition.terminated)
+        (0.25, False)
     """
 
     def reset(key: jax.Array) -> tuple[ToyState, jax.Array]:
@@ -91,27 +102,64 @@ def _one_step(draw, reward: Callable[[jax.Array, jax.Array], jax.Array]) -> Envi
 
 
 def constant_reward() -> Environment:
-    """One step, reward 1 whatever is done."""
+    """One step, reward 1 whatever is done.
+
+    Example:
+        >>> env = constant_reward()
+        >>> state, _ = env.reset(jax.random.key(0))
+        >>> float(env.step(jax.random.key(1), state, jnp.array([-0.3]))[1].reward)
+        1.0
+    """
     return _one_step(_zero, lambda s, a: jnp.ones(()))
 
 
 def observed_reward() -> Environment:
-    """One step, reward s, where s is ±1."""
+    """One step, reward s, where s is ±1.
+
+    Example:
+        >>> env = observed_reward()
+        >>> state, sign = env.reset(jax.random.key(0))
+        >>> bool(env.step(jax.random.key(1), state, jnp.zeros(1))[1].reward == sign[0])
+        True
+    """
     return _one_step(_sign, lambda s, a: s)
 
 
 def best_action() -> Environment:
-    """One step, reward 1 − (a − 0.5)²."""
+    """One step, reward 1 − (a − 0.5)².
+
+    Example:
+        >>> env = best_action()
+        >>> state, _ = env.reset(jax.random.key(0))
+        >>> float(env.step(jax.random.key(1), state, jnp.array([0.5]))[1].reward)
+        1.0
+    """
     return _one_step(_zero, lambda s, a: 1.0 - jnp.square(a - 0.5))
 
 
 def matching_action() -> Environment:
-    """One step, reward 1 − (a − s/2)², where s is ±1."""
+    """One step, reward 1 − (a − s/2)², where s is ±1.
+
+    Example:
+        >>> env = matching_action()
+        >>> state, sign = env.reset(jax.random.key(0))
+        >>> float(env.step(jax.random.key(1), state, sign / 2)[1].reward)
+        1.0
+    """
     return _one_step(_sign, lambda s, a: 1.0 - jnp.square(a - 0.5 * s))
 
 
 def delayed_reward() -> Environment:
-    """Two steps: s = 0 pays nothing, s = 1 pays 1 and terminates."""
+    """Two steps: s = 0 pays nothing, s = 1 pays 1 and terminates.
+
+    Example:
+        >>> env = delayed_reward()
+        >>> state, _ = env.reset(jax.random.key(0))
+        >>> state, first = env.step(jax.random.key(1), state, jnp.zeros(1))
+        >>> state, second = env.step(jax.random.key(2), state, jnp.zeros(1))
+        >>> float(first.reward), float(second.reward), bool(second.terminated)
+        (0.0, 1.0, True)
+    """
 
     def dynamics(observation: jax.Array, action: jax.Array):
         last = observation[0] > 0.5
@@ -121,7 +169,14 @@ def delayed_reward() -> Environment:
 
 
 def endless_reward() -> Environment:
-    """Reward 1 for ever from one state; wrap it with a time limit."""
+    """Reward 1 for ever from one state; wrap it with a time limit.
+
+    Example:
+        >>> env = endless_reward()
+        >>> state, _ = env.reset(jax.random.key(0))
+        >>> bool(env.step(jax.random.key(1), state, jnp.zeros(1))[1].terminated)
+        False
+    """
     return from_dynamics(_ONE, _zero, lambda s, a: (s, jnp.ones(()), jnp.array(False)))
 
 
@@ -130,6 +185,13 @@ def two_state() -> Environment:
 
     Staying in 1 pays 1, moving costs 0.5, staying in −1 pays nothing. For γ > 1/3 it is
     best to move to 1 and stay: ``V(1) = 1 / (1 − γ)``, ``V(−1) = −0.5 + γ V(1)``.
+
+    Example:
+        >>> env = two_state()
+        >>> state, sign = env.reset(jax.random.key(0))
+        >>> _, transition = env.step(jax.random.key(1), state, jnp.array([1.0]))
+        >>> bool(transition.next_observation[0] == -sign[0]), float(transition.reward)
+        (True, -0.5)
     """
 
     def dynamics(observation: jax.Array, action: jax.Array):
@@ -148,6 +210,14 @@ def point_mass(*, time_step: float = 0.1) -> Environment:
     ``−(position² + 0.1 velocity² + 0.01 force²)`` before the step. Starts are uniform
     in [−1, 1]². Linear and quadratic, so the optimal controller within the force's
     bounds is the linear-quadratic regulator.
+
+    Example:
+        >>> env = point_mass(time_step=0.1)
+        >>> state, before = env.reset(jax.random.key(0))
+        >>> _, transition = env.step(jax.random.key(1), state, jnp.array([1.0]))
+        >>> gained = transition.next_observation[1] - before[1]
+        >>> f"{gained:.2f}"  # a unit force for a tenth of a second
+        '0.10'
     """
 
     def draw(key: jax.Array) -> jax.Array:

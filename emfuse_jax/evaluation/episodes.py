@@ -70,6 +70,14 @@ def roll(
 
     Yields:
         Every step.
+
+    Example:
+        >>> import itertools
+        >>> from emfuse_jax.data import random_act
+        >>> from emfuse_jax.envs.mujoco_batch import MujocoBatch
+        >>> steps = roll(jax.random.key(0), MujocoBatch("hopper", 2), random_act(3))
+        >>> [step.reward.shape for step in itertools.islice(steps, 2)]
+        [(2,), (2,)]
     """
     live = np.ones(env.num_envs, bool) if live is None else live.copy()
     observation = env.reset()
@@ -128,6 +136,14 @@ def evaluate(
 
     Raises:
         ValueError: if a count is not positive, or the policy's actions are not finite.
+
+    Example:
+        >>> from emfuse_jax.data import random_act
+        >>> from emfuse_jax.envs.mujoco_batch import MujocoBatch
+        >>> env = MujocoBatch("hopper", 2)
+        >>> stats = evaluate(jax.random.key(0), env, random_act(3), 4, max_steps=20)
+        >>> stats.returns.shape, int(stats.lengths.max()) <= 20
+        ((4,), True)
     """
     if num_episodes < 1 or max_steps < 1:
         raise ValueError(
@@ -179,6 +195,13 @@ def collect(
 
     Raises:
         ValueError: if there are fewer steps than environments.
+
+    Example:
+        >>> from emfuse_jax.data import random_act
+        >>> from emfuse_jax.envs.mujoco_batch import MujocoBatch
+        >>> rows = collect(jax.random.key(0), MujocoBatch("hopper", 2), random_act(3), 20)
+        >>> rows["observations"].shape, int(rows["timeouts"].sum() + rows["terminals"].sum()) >= 2
+        ((20, 11), True)
     """
     if num_steps < env.num_envs or max_steps < 1:
         raise ValueError(
@@ -239,6 +262,16 @@ def evaluate_jittable(
         policy: the policy.
         num_episodes: episodes, run side by side.
         max_steps: the time limit, on top of the environment's own.
+
+    Example:
+        >>> from emfuse_jax.envs.toy import constant_reward
+        >>> stats = jax.jit(
+        ...     lambda key: evaluate_jittable(
+        ...         key, constant_reward(), lambda key, state: jnp.zeros((4, 1)), 4, max_steps=3
+        ...     )
+        ... )(jax.random.key(0))
+        >>> stats.returns.tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     key_reset, key_steps = jax.random.split(key)
     reset_keys = jax.random.split(key_reset, num_episodes)

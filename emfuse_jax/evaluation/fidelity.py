@@ -107,6 +107,14 @@ def open_loop(
 
     Returns:
         The predicted ``s_(t+1) … s_(t+time)``.
+
+    Example:
+        >>> history = History(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool))
+        >>> def step_fn(key, history):  # a model that adds the action
+        ...     return history.observation[0] + history.action[0]
+        >>> actions = jnp.array([1.0, 2.0, 3.0]).reshape(3, 1, 1)
+        >>> open_loop(jax.random.key(0), step_fn, history, actions)[:, 0, 0].tolist()
+        [1.0, 3.0, 6.0]
     """
 
     def step(step_key: jax.Array, carry: tuple[History, jax.Array]):
@@ -143,6 +151,12 @@ def k_step_error(
         scale: from `delta_scale`.
         where: false from an episode's end on.
         clip: the most that one component counts.
+
+    Example:
+        >>> targets = jnp.zeros((3, 5, 2))  # [time, row, obs]
+        >>> drifting = targets + jnp.arange(1.0, 4.0)[:, None, None]
+        >>> k_step_error(drifting, targets, jnp.ones(2)).tolist()
+        [1.0, 2.0, 3.0]
     """
     count = jnp.ones(targets.shape[:-1], bool) if where is None else where
     return jax.vmap(lambda p, t, w: rms_error(p, t, scale, where=w, clip=clip))(
@@ -232,7 +246,13 @@ def log_partition(
 def negative_log_likelihood(
     energy: Float[Array, "*batch"], log_partition: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """``-log p(y|x) = E(x, y) + log Z(x)`` in nats, row by row."""
+    """``-log p(y|x) = E(x, y) + log Z(x)`` in nats, row by row.
+
+    Example:
+        >>> energy, log_z = jnp.array([0.5]), jnp.array([0.5 * jnp.log(2 * jnp.pi)])
+        >>> round(float(negative_log_likelihood(energy, log_z)[0]), 3)  # a normal, one σ away
+        1.419
+    """
     return energy + log_partition
 
 

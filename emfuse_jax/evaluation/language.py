@@ -78,6 +78,19 @@ def token_log_probs(
         ValueError: where the values are at hand (outside of ``jit``): a context is
             empty or not flush right, a token is not in the vocabulary, or context and
             continuation do not fit into the model's context together.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, init_params, language_model, pad_left
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> context, context_valid = pad_left([[65, 66], [65]])
+        >>> tokens = jnp.array([[67, 68, 69], [67, 68, 69]])
+        >>> def score(key):
+        ...     return token_log_probs(
+        ...         init_params(key, config), language_model(config),
+        ...         context, context_valid, tokens, tokens > 0,
+        ...     )
+        >>> jax.eval_shape(score, jax.random.key(0)).log_probs.shape
+        (2, 3)
     """
 
     def score(logits: jax.Array, token: jax.Array) -> TokenScores:
@@ -105,6 +118,19 @@ def next_token_log_probs(
 
     Raises:
         ValueError: as `token_log_probs`.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, init_params, language_model, pad_left
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> context, context_valid = pad_left([[65, 66], [65]])
+        >>> tokens = jnp.array([[67, 68, 69], [67, 68, 69]])
+        >>> def laws(key):
+        ...     return next_token_log_probs(
+        ...         init_params(key, config), language_model(config),
+        ...         context, context_valid, tokens, tokens > 0,
+        ...     )
+        >>> jax.eval_shape(laws, jax.random.key(0)).shape  # [batch, time, vocab]
+        (2, 3, 257)
     """
 
     def score(logits: jax.Array, token: jax.Array) -> jax.Array:
@@ -140,6 +166,20 @@ def watch_tokens(
 
     Raises:
         ValueError: as `token_log_probs`, where padding counts as well.
+
+    Example:
+        >>> from emfuse_jax import llm
+        >>> from emfuse_jax.tree import stack
+        >>> config = llm.LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> model = llm.language_model(config)
+        >>> fused = llm.fuse_language_models(model, llm.evidence(), num_models=2)
+        >>> context, valid = llm.pad_left([[65, 66], [65]])
+        >>> def weights(key):
+        ...     params = stack([llm.init_params(key, config)] * 2)
+        ...     tokens = jnp.array([[67, 68, 69], [67, 68, 69]])
+        ...     return watch_tokens(params, fused, context, valid, tokens, lambda c: c.weights)
+        >>> jax.eval_shape(weights, jax.random.key(0)).shape  # [time, model, batch]
+        (3, 2, 2)
     """
     every = jnp.ones(tokens.shape, bool)
     _check(model, (context, context_valid), (tokens, every))

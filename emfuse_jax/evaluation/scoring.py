@@ -51,6 +51,13 @@ def compile_scorer(model: LanguageModel, *, block: int | None = 128) -> Scorer:
     Args:
         model: any language model.
         block: columns of a continuation that are read at once, see `token_log_probs`.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, language_model
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> scorer = compile_scorer(language_model(config))  # compiles at the first request
+        >>> scorer.model.vocab_size
+        257
     """
 
     def score(params: Params, *arrays: jax.Array) -> TokenScores:
@@ -80,6 +87,16 @@ def score_continuations(
     Raises:
         ValueError: if a context or a continuation is empty, too long or holds tokens
             that the vocabulary lacks.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, init_params, language_model
+        >>> config = LmConfig(vocab_size=257, hidden_size=8, num_layers=1, num_heads=1)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        >>> scorer = compile_scorer(language_model(config), block=None)
+        >>> (score,) = score_continuations(params, scorer, [([65], [66, 67])])
+        >>> [f"{x:.2f}" for x in score.log_probs]  # a uniform law: log 1/257
+        ['-5.55', '-5.55']
     """
     model = scorer.model
     buckets: dict[tuple[int, int], list[int]] = {}

@@ -77,14 +77,28 @@ def write_columns(
     new: Float[Array, "batch kv_head time head_dim"],
     column: Int[Array, ""],
 ) -> Float[Array, "batch kv_head length head_dim"]:
-    """``old`` with ``new`` from ``column`` on."""
+    """``old`` with ``new`` from ``column`` on.
+
+    Example:
+        >>> keys = jnp.zeros((1, 1, 4, 1))
+        >>> keys = write_columns(keys, jnp.ones((1, 1, 2, 1)), jnp.array(1))
+        >>> keys[0, 0, :, 0].tolist()
+        [0.0, 1.0, 1.0, 0.0]
+    """
     zero = jnp.zeros_like(column)
     start = (zero, zero, column, zero)
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
 
 
 def mark_columns(cache: KvCache, valid: Bool[Array, "batch time"]) -> KvCache:
-    """The bookkeeping after ``time`` more columns; keys and values are left alone."""
+    """The bookkeeping after ``time`` more columns; keys and values are left alone.
+
+    Example:
+        >>> cache = init_cache(1, (2, 1, 4, 8))
+        >>> cache = mark_columns(cache, jnp.array([[False, True], [True, True]]))
+        >>> cache.num_tokens.tolist(), int(cache.column)  # rows are padded, columns shared
+        ([1, 2], 2)
+    """
     start = (jnp.zeros_like(cache.column), cache.column)
     return cache._replace(
         valid=jax.lax.dynamic_update_slice(cache.valid, valid, start),
@@ -101,6 +115,14 @@ def check_room(cache: KvCache, num_columns: int) -> None:
 
     Raises:
         ValueError: if there are more columns than the cache is long.
+
+    Example:
+        >>> cache = init_cache(1, (1, 1, 16, 8))
+        >>> check_room(cache, 16)
+        >>> check_room(cache, 17)
+        Traceback (most recent call last):
+            ...
+        ValueError: 17 columns for a cache of length 16; expected 1 to 16: make the cache with ...
     """
     length = cache.valid.shape[1]
     if not 1 <= num_columns <= length:

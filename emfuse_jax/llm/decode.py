@@ -104,6 +104,18 @@ def generate(
         ValueError: if an option is outside its range or, where their values are at hand
             (outside of ``jit``), a prompt is empty, does not end in the last column, or
             leaves no room in the context.
+
+    Example:
+        >>> import functools
+        >>> from emfuse_jax.llm import LmConfig, init_params, language_model, pad_left
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> tokens, valid = pad_left([[65, 66, 67], [65]])
+        >>> write = functools.partial(generate, model=language_model(config), max_new_tokens=8)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> jax.eval_shape(  # jax.jit(write)(params, key, tokens=tokens, valid=valid) writes
+        ...     write, params, jax.random.key(1), tokens=tokens, valid=valid
+        ... ).tokens.shape
+        (2, 8)
     """
     state = start_decoding(params, model, tokens, valid, max_new_tokens)
     _, generation = decode_tokens(
@@ -133,6 +145,19 @@ def start_decoding(
 
     Raises:
         ValueError: as `check_prompt`, or if ``max_new_tokens`` is not positive.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, init_params, language_model, pad_left
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> tokens, valid = pad_left([[65, 66, 67], [65]])
+        >>> state = jax.eval_shape(
+        ...     lambda key: start_decoding(
+        ...         init_params(key, config), language_model(config), tokens, valid, 8
+        ...     ),
+        ...     jax.random.key(0),
+        ... )
+        >>> state.logits.shape, state.cache.valid.shape[1] - tokens.shape[1]  # and room for 8
+        ((2, 257), 8)
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; expected a positive number")
@@ -183,6 +208,19 @@ def decode_tokens(
 
     Raises:
         ValueError: if an option is outside its range.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, init_params, language_model, pad_left
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> model, (tokens, valid) = language_model(config), pad_left([[65, 66, 67], [65]])
+        >>> def two_calls(key):
+        ...     params = init_params(key, config)
+        ...     state = start_decoding(params, model, tokens, valid, 8)
+        ...     state, first = decode_tokens(params, key, model, state, 5)
+        ...     state, rest = decode_tokens(params, key, model, state, 3)
+        ...     return first.tokens, rest.tokens
+        >>> [part.shape for part in jax.eval_shape(two_calls, jax.random.key(0))]
+        [(2, 5), (2, 3)]
     """
     check_filters(temperature, top_k, top_p, min_p)
     _check_stop_tokens(stop_tokens, model.vocab_size)
@@ -304,6 +342,16 @@ def check_prompt(
     Raises:
         ValueError: if a prompt is empty, is not padded on the left, names a token that
             the vocabulary lacks, or leaves no room for the new tokens.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, language_model
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> model = language_model(config)
+        >>> check_prompt(model, [[0, 0, 65]], [[False, False, True]], 10)
+        >>> check_prompt(model, [[65, 0, 0]], [[True, False, False]], 10)
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt 0 ends in padding; pad prompts on the left (pad_left does)
     """
     if isinstance(tokens, Tracer) or isinstance(valid, Tracer):
         return
@@ -347,6 +395,14 @@ def check_tokens(model: LanguageModel, tokens: Any, valid: Any, name: str) -> No
 
     Raises:
         ValueError: naming the first row and token that is not.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, language_model
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> check_tokens(language_model(config), [[65, 300]], [[True, True]], "prompt")
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt 0 holds token 300, the model's vocabulary is 0 … 256; ...
     """
     if isinstance(tokens, Tracer) or isinstance(valid, Tracer):
         return

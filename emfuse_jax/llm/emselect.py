@@ -253,6 +253,13 @@ def sequence_gap(
         expert: the chosen one.
         valid: the tokens that count.
         weights: of the pool that the choice stands for; None is uniform.
+
+    Example:
+        >>> same = jnp.zeros((2, 1, 3, 4))  # logits of two experts that agree on three tokens
+        >>> expert, valid = jnp.zeros((1, 3), int), jnp.ones((1, 3), bool)
+        >>> gap = jax.jit(sequence_gap)(jax.nn.log_softmax(same), expert, valid)
+        >>> gap.chosen.tolist(), gap.bound.tolist()
+        ([0.0], [0.0])
     """
     gap = selection_gap(log_probs, expert, weights)
     return SelectionGap(

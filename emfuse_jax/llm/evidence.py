@@ -56,6 +56,15 @@ def evidence(
 
     Raises:
         ValueError: if an option is outside its range.
+
+    Example:
+        >>> rule = evidence(rate=1.0, decay=1.0)
+        >>> log_probs = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.8]]]))  # [model, batch, vocab]
+        >>> nothing = jnp.zeros((1, 1), int)
+        >>> state = rule.init(log_probs[:, :, None], nothing, nothing > 0)
+        >>> state = rule.observe(state, log_probs, jnp.array([0]))  # what the first expected
+        >>> [f"{x:.2f}" for x in rule.weights(state, log_probs)[:, 0]]
+        ['0.80', '0.20']
     """
     _check_options("evidence", rate, decay, floor)
     if not entropy_power >= 0:
@@ -97,6 +106,15 @@ def exponentiated_gradient(
 
     Raises:
         ValueError: if an option is outside its range.
+
+    Example:
+        >>> rule = exponentiated_gradient(rate=1.0)
+        >>> log_probs = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.8]]]))  # [model, batch, vocab]
+        >>> nothing = jnp.zeros((1, 1), int)
+        >>> state = rule.init(log_probs[:, :, None], nothing, nothing > 0)
+        >>> state = rule.observe(state, log_probs, jnp.array([0]))  # what the first expected
+        >>> [f"{x:.2f}" for x in rule.weights(state, log_probs)[:, 0]]
+        ['0.80', '0.20']
     """
     _check_options("exponentiated_gradient", rate, decay, floor)
 

@@ -70,6 +70,17 @@ def fuse_language_models(
         ValueError: if there is no model, a number of weights, temperatures or maps is not
             that of the experts, a temperature is not positive, or vocabularies differ
             without a mapping.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, language_model, uniform
+        >>> small, large = (
+        ...     language_model(LmConfig(vocab_size=257, hidden_size=16, num_layers=n, num_heads=2))
+        ...     for n in (1, 3)
+        ... )
+        >>> fused = fuse_language_models([small, large], uniform())  # params: the tuple of theirs
+        >>> fused.vocab_size
+        257
+        >>> many = fuse_language_models(small, uniform(), num_models=3)  # params: tree.stack(…)
     """
     experts = gather_experts(
         models,

@@ -66,15 +66,14 @@ def language_model(config: LmConfig) -> LanguageModel:
     Example:
         >>> config = LmConfig(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)
         >>> model = language_model(config)
-        >>> params = init_params(jax.random.key(0), config)
+        >>> def read(key, tokens, valid):  # padded on the left; then one token more
+        ...     params, cache = init_params(key, config), model.init_cache(1, 8)
+        ...     logits, cache = model.prefill(params, tokens, valid, cache, last_only=True)
+        ...     return logits, model.step(params, jnp.argmax(logits[:, 0], -1), cache)
         >>> tokens, valid = jnp.array([[0, 3, 5]]), jnp.array([[False, True, True]])
-        >>> cache = model.init_cache(1, 8)
-        >>> logits, cache = model.prefill(params, tokens, valid, cache, last_only=True)
-        >>> logits.shape, cache.num_tokens
-        ((1, 1, 11), Array([2], dtype=int32))
-        >>> logits, cache = model.step(params, jnp.argmax(logits[:, 0], -1), cache)
-        >>> logits.shape
-        (1, 11)
+        >>> first, (second, cache) = jax.eval_shape(read, jax.random.key(0), tokens, valid)
+        >>> first.shape, second.shape, cache.valid.shape
+        ((1, 1, 11), (1, 11), (1, 8))
     """
     return LanguageModel(
         functools.partial(_init_cache, config),
@@ -96,9 +95,9 @@ def init_params(key: jax.Array, config: LmConfig) -> Params:
 
     Example:
         >>> config = LmConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=2)
-        >>> params = init_params(jax.random.key(0), config)
-        >>> params["embed"].shape
-        (8, 4)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> params["embed"].shape, sum(leaf.size for leaf in jax.tree.leaves(params))
+        ((8, 4), 908)
     """
     key_embed, key_head, key_layers = jax.random.split(key, 3)
     dtype = jnp.dtype(config.dtype)
@@ -159,6 +158,14 @@ def logits(
 
     Returns:
         Float32 logits of the token after each column.
+
+    Example:
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> def score(key):
+        ...     tokens = jnp.zeros((4, 32), jnp.int32)
+        ...     return logits(config, init_params(key, config), tokens, tokens == 0)
+        >>> jax.eval_shape(score, jax.random.key(0)).shape
+        (4, 32, 257)
     """
     hidden, _ = _read_all(config, params, tokens, valid)
     return _head(config, params, hidden)
@@ -167,7 +174,12 @@ def logits(
 def embed_tokens(
     params: Params, tokens: Int[Array, "*batch"]
 ) -> Float[Array, "*batch hidden"]:
-    """The residual stream before the first layer."""
+    """The residual stream before the first layer.
+
+    Example:
+        >>> embed_tokens({"embed": jnp.arange(6.0).reshape(3, 2)}, jnp.array([2, 0])).tolist()
+        [[4.0, 5.0], [0.0, 1.0]]
+    """
     return params["embed"][tokens]
 
 
@@ -188,6 +200,15 @@ def apply_layer(
     Returns:
         The stream after the layer, and the inputs of its kernels by the names in
         `LINEAR_INPUTS`. Columns that are not valid hold numbers that mean nothing.
+
+    Example:
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> def first_layer(key):
+        ...     layer = init_params(key, config)["layers"][0]
+        ...     return apply_layer(config, layer, jnp.zeros((1, 5, 16)), jnp.ones((1, 5), bool))
+        >>> hidden, inputs = jax.eval_shape(first_layer, jax.random.key(0))
+        >>> hidden.shape, sorted(inputs)
+        ((1, 5, 16), ['attn_in', 'down_in', 'mlp_in', 'o_in'])
     """
     by = rotation(config.rope, config.head_dim, _positions(valid))
     return _layer(config, layer_params, hidden, by, _causal(valid), _fresh)[:2]

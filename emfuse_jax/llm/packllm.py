@@ -46,6 +46,14 @@ def packllm_sim(temperature: float = 1.0) -> FusionRule:
 
     Raises:
         ValueError: if the temperature is not positive.
+
+    Example:
+        >>> rule = packllm_sim(temperature=1.0)
+        >>> law = jnp.array([[[[0.9, 0.1]] * 3], [[[0.1, 0.9]] * 3]])  # [model, batch, time, vocab]
+        >>> prompt = jnp.zeros((1, 3), int)
+        >>> state = rule.init(jnp.log(law), prompt, prompt == 0)  # 0.9 against 0.1 at every token
+        >>> [f"{x:.2f}" for x in rule.weights(state, jnp.log(law[:, :, -1]))[:, 0]]
+        ['0.90', '0.10']
     """
     if not temperature > 0:
         raise ValueError(
@@ -62,12 +70,31 @@ def packllm_sim(temperature: float = 1.0) -> FusionRule:
 
 
 def packllm_opt() -> FusionRule:
-    """The greedy search for λ that predicts the prompt best; `packllm_opt_weights`."""
+    """The greedy search for λ that predicts the prompt best; `packllm_opt_weights`.
+
+    Example:
+        >>> rule = packllm_opt()
+        >>> def weigh(log_probs, prompt):  # [model, batch, time, vocab], [batch, time]
+        ...     state = rule.init(log_probs, prompt, jnp.ones(prompt.shape, bool))
+        ...     return rule.weights(state, log_probs[:, :, -1])  # the same at every token to come
+        >>> shapes = jnp.zeros((3, 2, 5, 257)), jnp.zeros((2, 5), int)
+        >>> jax.eval_shape(weigh, *shapes).shape
+        (3, 2)
+    """
     return estimated_once(packllm_opt_weights)
 
 
 def top_one() -> FusionRule:
-    """All weight on the expert of least loss on the prompt; ties go to the first."""
+    """All weight on the expert of least loss on the prompt; ties go to the first.
+
+    Example:
+        >>> rule = top_one()
+        >>> law = jnp.array([[[[0.4, 0.6]] * 3], [[[0.6, 0.4]] * 3]])  # [model, batch, time, vocab]
+        >>> prompt = jnp.zeros((1, 3), int)
+        >>> state = rule.init(jnp.log(law), prompt, prompt == 0)
+        >>> rule.weights(state, jnp.log(law[:, :, -1]))[:, 0].tolist()
+        [0.0, 1.0]
+    """
 
     def estimate(
         log_probs: jax.Array, tokens: jax.Array, valid: jax.Array

@@ -148,7 +148,14 @@ def _ramp(low: float, high: float, size: int) -> np.ndarray:
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cosines and sines are multiplied with; 1 for all kinds but ``yarn``."""
+    """What cosines and sines are multiplied with; 1 for all kinds but ``yarn``.
+
+    Example:
+        >>> attention_factor(RopeConfig())
+        1.0
+        >>> round(attention_factor(RopeConfig(kind="yarn", factor=4.0, original_length=8192)), 4)
+        1.1386
+    """
     if rope.kind != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -159,7 +166,13 @@ def attention_factor(rope: RopeConfig) -> float:
 def rotation(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "batch time"]
 ) -> Rotation:
-    """The rotation at each position; every layer shares it."""
+    """The rotation at each position; every layer shares it.
+
+    Example:
+        >>> by = rotation(RopeConfig(), 8, jnp.array([[0, 1]]))
+        >>> by.cos.shape  # a cosine per pair of coordinates
+        (1, 2, 4)
+    """
     per_token = jnp.asarray(frequencies(rope, head_dim))
     angles = positions[..., None].astype(jnp.float32) * per_token[None, None]
     scale = attention_factor(rope)
@@ -169,7 +182,16 @@ def rotation(
 def rotate(
     x: Float[Array, "batch head time head_dim"], by: Rotation
 ) -> Float[Array, "batch head time head_dim"]:
-    """Turns the pairs ``(x_i, x_{i + head_dim / 2})``, in float32."""
+    """Turns the pairs ``(x_i, x_{i + head_dim / 2})``, in float32.
+
+    Example:
+        >>> x = jnp.ones((1, 1, 2, 4))
+        >>> turned = rotate(x, rotation(RopeConfig(), 4, jnp.array([[0, 7]])))
+        >>> turned[0, 0, 0].tolist()  # position 0: as it was
+        [1.0, 1.0, 1.0, 1.0]
+        >>> [f"{n:.3f}" for n in jnp.linalg.norm(turned, axis=-1)[0, 0]]  # turned, not stretched
+        ['2.000', '2.000']
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = by.cos[:, None], by.sin[:, None]
     turned = (first * cos - second * sin, second * cos + first * sin)

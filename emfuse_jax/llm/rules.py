@@ -32,7 +32,13 @@ __all__ = [
 
 
 def uniform() -> FusionRule:
-    """``λ_i = 1 / n``: EMFuse as published."""
+    """``λ_i = 1 / n``: EMFuse as published.
+
+    Example:
+        >>> rule = uniform()
+        >>> rule.weights((), jnp.zeros((4, 1, 257)))[:, 0].tolist()  # [model, batch, vocab]
+        [0.25, 0.25, 0.25, 0.25]
+    """
     return memoryless(uniform_weights)
 
 
@@ -64,6 +70,11 @@ def linear_pool(
 
     Raises:
         ValueError: as `fixed`.
+
+    Example:
+        >>> rule = linear_pool([0.75, 0.25])
+        >>> rule.linear, rule.weights((), jnp.zeros((2, 1, 257)))[:, 0].tolist()
+        (True, [0.75, 0.25])
     """
     if weights is None:
         return memoryless(uniform_weights, linear=True)
@@ -84,6 +95,13 @@ def entropy_adaptive(smoothing: float = 0.1, power: float = 1.0) -> FusionRule:
 
     Raises:
         ValueError: if an option is not positive.
+
+    Example:
+        >>> certain, unsure = jnp.array([50.0, 0.0]), jnp.zeros(2)
+        >>> log_probs = jax.nn.log_softmax(jnp.stack([certain, unsure]))[:, None]
+        >>> rule = entropy_adaptive(smoothing=0.1)
+        >>> [f"{x:.3f}" for x in rule.weights((), log_probs)[:, 0]]  # 1.1 / 1.2 and 0.1 / 1.2
+        ['0.917', '0.083']
     """
     for name, value in (("smoothing", smoothing), ("power", power)):
         if not (value > 0 and np.isfinite(value)):

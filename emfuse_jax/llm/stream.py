@@ -113,6 +113,13 @@ def compile_decoder(
 
     Raises:
         ValueError: if ``chunk`` is not positive. The options are checked when first used.
+
+    Example:
+        >>> from emfuse_jax.llm import LmConfig, language_model
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> decoder = compile_decoder(language_model(config), chunk=8, temperature=0.0)
+        >>> decoder.chunk  # a program is compiled at the first text, and kept
+        8
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; expected a positive number of tokens")
@@ -270,6 +277,19 @@ def complete(
 
     Raises:
         ValueError: as `stream_text`.
+
+    Example:
+        >>> from emfuse_jax.llm import ByteTokenizer, LmConfig, init_params, language_model
+        >>> config = LmConfig(vocab_size=257, hidden_size=8, num_layers=1, num_heads=1)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        >>> decoder = compile_decoder(language_model(config), chunk=4, temperature=0.0)
+        >>> text = ByteTokenizer()
+        >>> (done,) = complete(
+        ...     params, jax.random.key(0), decoder, text.decode, [text.encode("ab")], 4
+        ... )
+        >>> done.finish
+        'length'
     """
     _check_stop_strings(stop_strings)
     tokens: list[list[int]] = [[] for _ in prompts]

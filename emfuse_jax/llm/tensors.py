@@ -55,6 +55,13 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, or its header is not what the format allows;
             the text names the file and the tensor.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> write_tensors(path, {"w": np.arange(3.0)})
+        >>> read_tensors(path)["w"].tolist()
+        [0.0, 1.0, 2.0]
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -78,6 +85,13 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> N
 
     Raises:
         ValueError: for a dtype that the format does not have.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> write_tensors(path, {"w": np.ones((2, 3), np.float32)})
+        >>> read_tensors(path)["w"].shape
+        (2, 3)
     """
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}  # transformers wants it
     offset = 0

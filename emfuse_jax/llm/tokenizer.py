@@ -213,6 +213,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         FileNotFoundError: if there is no ``tokenizer.json``.
         ImportError: if it needs the package ``tokenizers``, and that is not installed.
         ValueError: if a file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> ByteTokenizer().save(folder)
+        >>> load_tokenizer(folder).decode([72, 105])
+        'Hi'
     """
     folder = pathlib.Path(folder)
     path = folder / _FILE
@@ -241,7 +248,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer | None:
-    """`load_tokenizer`, or None where the folder has none."""
+    """`load_tokenizer`, or None where the folder has none.
+
+    Example:
+        >>> import tempfile
+        >>> find_tokenizer(tempfile.mkdtemp()) is None
+        True
+    """
     found = (pathlib.Path(folder) / _FILE).is_file()
     return load_tokenizer(folder) if found else None
 

@@ -77,6 +77,16 @@ def lm_learner(config: LmConfig, training: LmTrainConfig | None = None) -> Learn
     keep yours). ``update(key, state, tokens [batch, time]) -> (state, metrics)``: every
     token after the first is predicted; the metrics are ``loss`` (nats per token),
     ``gradient_norm`` before clipping, and ``learning_rate``.
+
+    Example:
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> learner = lm_learner(config)
+        >>> def first_update(key):
+        ...     state = learner.init(key, 1000)
+        ...     return learner.update(key, state, jnp.zeros((4, 32), jnp.int32))
+        >>> _, metrics = jax.eval_shape(first_update, jax.random.key(0))
+        >>> sorted(metrics)
+        ['gradient_norm', 'learning_rate', 'loss']
     """
     training = training or LmTrainConfig()
     optimizer = optax.chain(
@@ -129,6 +139,14 @@ def next_token_loss(
         params: of the model.
         tokens: text.
         valid: false for padding, whose losses are 0; None: all are text.
+
+    Example:
+        >>> config = LmConfig(vocab_size=257, hidden_size=16, num_layers=1, num_heads=2)
+        >>> tokens = jnp.zeros((4, 32), jnp.int32)
+        >>> def loss(key):
+        ...     return next_token_loss(config, init_params(key, config), tokens)
+        >>> jax.eval_shape(loss, jax.random.key(0)).shape  # nothing predicts the first token
+        (4, 31)
     """
     if valid is None:
         valid = jnp.ones(tokens.shape, bool)
@@ -145,6 +163,13 @@ def learning_rate(
 
     It rises to ``learning_rate`` over the first ``warmup`` of the updates, beginning above
     zero, and is ``final_rate`` times that at the last one.
+
+    Example:
+        >>> training = LmTrainConfig(learning_rate=1e-3, warmup=0.1, final_rate=0.1)
+        >>> steps = jnp.array([0, 9, 99])  # the first, the end of the warm-up, the last
+        >>> rates = jax.vmap(lambda step: learning_rate(training, step, jnp.array(100)))(steps)
+        >>> [f"{rate:.1e}" for rate in rates]
+        ['1.0e-04', '1.0e-03', '1.0e-04']
     """
     total = num_steps.astype(jnp.float32)
     rising = jnp.maximum(training.warmup * total, 1.0)

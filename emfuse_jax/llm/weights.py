@@ -88,6 +88,18 @@ def load_language_model(
         FileNotFoundError: if the folder, the config, the weights or a shard is missing.
         ValueError: for anything in them that is not understood or does not fit together.
             Texts name the file and the key or tensor.
+
+    Example:
+        >>> import tempfile
+        >>> from emfuse_jax.llm import ByteTokenizer, LmConfig, init_params
+        >>> folder = tempfile.mkdtemp()  # or one that transformers has written
+        >>> config = LmConfig(vocab_size=257, hidden_size=8, num_layers=1, num_heads=1)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        >>> save_pretrained(folder, params, config, ByteTokenizer())
+        >>> loaded = load_language_model(folder)
+        >>> loaded.model.vocab_size, loaded.tokenizer.encode("Hi")
+        (257, [72, 105])
     """
     folder = _existing(folder)
     path = folder / "config.json"
@@ -112,6 +124,17 @@ def load_params(folder: str | os.PathLike[str], config: LmConfig) -> Params:
     Raises:
         FileNotFoundError: if the weights or a shard of them are missing.
         ValueError: if a tensor is missing, unused, or of another shape than the config's.
+
+    Example:
+        >>> import tempfile
+        >>> from emfuse_jax.llm import LmConfig, init_params
+        >>> folder = tempfile.mkdtemp()
+        >>> config = LmConfig(vocab_size=257, hidden_size=8, num_layers=1, num_heads=1)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        >>> save_pretrained(folder, params, config)
+        >>> load_params(folder, config)["embed"].shape
+        (257, 8)
     """
     folder = _existing(folder)
     stored = _open(folder)
@@ -160,6 +183,17 @@ def save_pretrained(
     Raises:
         ValueError: if the parameters are not of the config's shapes and dtype, or the
             tokenizer has more tokens than the model.
+
+    Example:
+        >>> import tempfile
+        >>> from emfuse_jax.llm import ByteTokenizer, LmConfig, init_params
+        >>> folder = tempfile.mkdtemp()
+        >>> config = LmConfig(vocab_size=257, hidden_size=8, num_layers=1, num_heads=1)
+        >>> params = jax.eval_shape(lambda key: init_params(key, config), jax.random.key(0))
+        >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        >>> save_pretrained(folder, params, config, ByteTokenizer())
+        >>> sorted(path.name for path in pathlib.Path(folder).iterdir())
+        ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     """
     slots = _slots(config)
     leaves = _check_params(params, config)

@@ -154,7 +154,14 @@ class GramMemory(NamedTuple):
 def gram_memory(
     stages: Sequence[Stage], params: Params, carries: Sequence[Any]
 ) -> GramMemory:
-    """What `collect_grams` on these arguments would hold; computes nothing."""
+    """What `collect_grams` on these arguments would hold; computes nothing.
+
+    Example:
+        >>> stage = Stage((), lambda p, x: (x @ p["w"], {"x": (x, None)}), {"w": "x"})
+        >>> memory = gram_memory([stage], {"w": jnp.eye(100)}, [jnp.ones((32, 100))])
+        >>> memory.largest, memory.widest  # 100² numbers and the count, of four bytes each
+        (40004, 100)
+    """
     carry = jax.eval_shape(lambda tree: tree, carries[0])
     held, widest, hidden = [], 0, tree_bytes(carry)
     for stage in stages:

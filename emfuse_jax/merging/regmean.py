@@ -97,7 +97,15 @@ def merge_linear(
 
 
 def check_options(shrinkage: float, ridge: float) -> None:
-    """Refuses a shrinkage or a ridge out of range with a `ValueError`."""
+    """Refuses a shrinkage or a ridge out of range with a `ValueError`.
+
+    Example:
+        >>> check_options(shrinkage=0.1, ridge=0.0)
+        >>> check_options(shrinkage=1.1, ridge=0.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: shrinkage=1.1; expected a value in [0, 1], 0 for the Grams as they are ...
+    """
     if not 0.0 <= shrinkage <= 1.0:
         raise ValueError(
             f"shrinkage={shrinkage}; expected a value in [0, 1], 0 for the Grams as they "
@@ -211,6 +219,15 @@ def regmean_streamed(
 
     Raises:
         ValueError: as `regmean`.
+
+    Example:
+        >>> from emfuse_jax.merging import Stage
+        >>> stage = Stage((), lambda p, x: (x @ p["w"], {"x": (x, None)}), {"w": "x"})
+        >>> experts = [{"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}]
+        >>> first, second = jnp.array([[9.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 9.0]])
+        >>> merged = regmean_streamed(experts, [stage], [[first], [second]], shrinkage=0.0)
+        >>> [f"{x:.2f}" for x in jnp.diag(merged["w"])]  # each is believed where its inputs are
+        ['1.02', '2.98']
     """
     check_same_architecture(params)
     options = {"weights": weights, "shrinkage": shrinkage, "ridge": ridge}

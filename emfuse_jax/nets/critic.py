@@ -22,6 +22,14 @@ def ensemble(network: Network, num_members: int) -> Network:
 
     Raises:
         ValueError: if ``num_members`` is below 1.
+
+    Example:
+        >>> from emfuse_jax.nets.mlp import mlp
+        >>> critics = ensemble(mlp(1, (32,)), 5)
+        >>> example = jnp.zeros((7, 3))
+        >>> params = jax.eval_shape(critics.init, jax.random.key(0), example)
+        >>> jax.eval_shape(critics.apply, params, example).shape
+        (5, 7, 1)
     """
     if num_members < 1:
         raise ValueError(f"num_members={num_members}; an ensemble needs at least 1")
@@ -49,8 +57,9 @@ def q_ensemble(
 
     Example:
         >>> critic = q_ensemble(2, (8,))
-        >>> params = critic.init(jax.random.key(0), jnp.zeros(3), jnp.zeros(1))
-        >>> critic.apply(params, jnp.zeros((5, 3)), jnp.zeros((5, 1))).shape
+        >>> inputs = jnp.zeros((5, 3)), jnp.zeros((5, 1))  # observation, action
+        >>> params = jax.eval_shape(critic.init, jax.random.key(0), *inputs)
+        >>> jax.eval_shape(critic.apply, params, *inputs).shape
         (2, 5)
     """
     members = ensemble(mlp(1, hidden_sizes, activation=activation), num_critics)
@@ -87,6 +96,13 @@ def gaussian_actor(
 
     Raises:
         ValueError: if the bounds are not increasing.
+
+    Example:
+        >>> actor = gaussian_actor(2, (32, 32))
+        >>> params = jax.eval_shape(actor.init, jax.random.key(0), jnp.zeros(11))
+        >>> mean, log_std = jax.eval_shape(actor.apply, params, jnp.zeros((256, 11)))
+        >>> mean.shape, log_std.shape
+        ((256, 2), (256, 2))
     """
     low, high = log_std_bounds
     if not low < high:

@@ -90,8 +90,9 @@ def denoiser(action_size: int, config: DenoiserConfig | None = None) -> Network:
 
     Example:
         >>> network = denoiser(2, DenoiserConfig(hidden_sizes=(8,)))
-        >>> inputs = jnp.zeros((5, 2)), jnp.zeros(5), jnp.zeros((5, 3))
-        >>> network.apply(network.init(jax.random.key(0), *inputs), *inputs).shape
+        >>> inputs = jnp.zeros((5, 2)), jnp.zeros(5), jnp.zeros((5, 3))  # action, time, observation
+        >>> params = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+        >>> jax.eval_shape(network.apply, params, *inputs).shape
         (5, 2)
     """
     config = DenoiserConfig() if config is None else config
@@ -121,6 +122,13 @@ def time_energy(
 
     Returns:
         A `Network` with inputs as for `denoiser` and output ``[*batch]``.
+
+    Example:
+        >>> energy = time_energy((64, 64))
+        >>> inputs = jnp.zeros((7, 2)), jnp.zeros(7), jnp.zeros((7, 3))  # action, time, observation
+        >>> params = jax.eval_shape(energy.init, jax.random.key(0), *inputs)
+        >>> jax.eval_shape(energy.apply, params, *inputs).shape
+        (7,)
     """
     config = DenoiserConfig(
         hidden_sizes=tuple(hidden_sizes),

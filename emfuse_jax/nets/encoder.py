@@ -74,6 +74,13 @@ def slice_encoder(
     ``[*batch, obs]``, normalised actions ``[*batch, lag, act]`` (newest first) and
     ``valid [*batch, lag]``, true for the first ``m`` lags; it returns
     ``[*batch, state_features + action_features]``. Actions at invalid lags have no effect.
+
+    Example:
+        >>> encoder = slice_encoder()
+        >>> inputs = jnp.zeros((7, 11)), jnp.zeros((7, 5, 3)), jnp.ones((7, 5), bool)
+        >>> params = jax.eval_shape(encoder.init, jax.random.key(0), *inputs)
+        >>> jax.eval_shape(encoder.apply, params, *inputs).shape
+        (7, 192)
     """
     module = _SliceEncoder(state_features, action_features, num_heads)
     return Network(module.init, module.apply)

@@ -60,6 +60,14 @@ def conditional_energy(
 
     Raises:
         ValueError: if there is no hidden layer.
+
+    Example:
+        >>> network = conditional_energy((64, 64))
+        >>> def score(key, x, y):
+        ...     params = network.init(key, x, y)
+        ...     return network.energy(params, network.project(params, x), y)
+        >>> jax.eval_shape(score, jax.random.key(0), jnp.zeros((7, 3)), jnp.zeros((7, 2))).shape
+        (7,)
     """
     if not hidden_sizes:
         raise ValueError("conditional_energy needs at least one hidden size, got none")

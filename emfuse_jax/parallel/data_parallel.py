@@ -104,6 +104,18 @@ def pmap_update(
     Raises:
         ValueError: when called, if a batch leaf's leading axis is not the number of
             devices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from emfuse_jax.base import Learner
+        >>> mean = Learner(
+        ...     init=lambda key: jnp.zeros(()),
+        ...     update=lambda key, state, batch: (batch.mean(), {"count": jnp.ones(())}),
+        ... )
+        >>> update = pmap_update(mean, devices=jax.devices()[:1])
+        >>> state, metrics = update(jax.random.key(0), jnp.zeros(()), jnp.arange(4.0)[None])
+        >>> float(state)  # of the rows of all devices; no device axis
+        1.5
     """
     mesh = make_mesh({"data": -1}, devices=devices)
     parallel = data_parallel(learner, mesh, batch_axes=batch_axes)

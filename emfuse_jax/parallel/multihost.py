@@ -41,6 +41,10 @@ def initialize_if_requested(
     Raises:
         RuntimeError: if jax has already computed something.
         ValueError: if there is no cluster to ask and no address was given.
+
+    Example:
+        >>> initialize_if_requested(False)  # a program without its --distributed flag
+        False
     """
     if not requested:
         return False
@@ -106,6 +110,13 @@ def global_batch(
     Raises:
         ValueError: if the mesh has no such axis, or its local devices cannot share the
             rows evenly.
+
+    Example:
+        >>> import numpy as np
+        >>> from emfuse_jax.parallel import make_mesh
+        >>> batch = global_batch({"x": np.ones((8, 3))}, make_mesh({"data": 1}))
+        >>> batch["x"].shape, tuple(batch["x"].sharding.spec)  # of one host
+        ((8, 3), ('data',))
     """
     sharding = NamedSharding(mesh, row_spec(row_axis, axis))
     local = max(1, axis_size(mesh, axis) // jax.process_count())
@@ -125,7 +136,11 @@ def global_batch(
 
 
 def barrier(name: str) -> None:
-    """Waits until every host has come here; ``name`` must be the same on all."""
+    """Waits until every host has come here; ``name`` must be the same on all.
+
+    Example:
+        >>> barrier("saved")  # one process waits for nobody
+    """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

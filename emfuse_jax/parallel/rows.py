@@ -128,6 +128,12 @@ def pmap_rows(
     Raises:
         ValueError: when called, as `shard_rows`, or if arguments differ in their number
             of devices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> double = pmap_rows(lambda x: 2 * x, devices=jax.devices()[:1], in_axes=(0,))
+        >>> double(jnp.arange(3.0)[None]).tolist()  # [device, rows]
+        [[0.0, 2.0, 4.0]]
     """
 
     def mapped(*args: Any) -> Any:

@@ -84,6 +84,11 @@ def pmap_seeds(
     Raises:
         ValueError: when called, if ``keys`` has fewer than two axes or there are too
             few devices.
+
+    Example:
+        >>> run = pmap_seeds(lambda key: jax.random.uniform(key), devices=jax.devices()[:1])
+        >>> run(jax.random.split(jax.random.key(0), 3)[None]).shape  # [device, seed]
+        (1, 3)
     """
 
     def mapped(keys: jax.Array, *shared: Any) -> Any:

@@ -135,7 +135,13 @@ class AepoState(NamedTuple):
 def aepo_model(
     config: AepoConfig, spec: SpaceSpec, *, network: Network | None = None
 ) -> GuidedDiffusion:
-    """Behaviour and guidance as functions of `AepoParams`, to pool with other energies."""
+    """Behaviour and guidance as functions of `AepoParams`, to pool with other energies.
+
+    Example:
+        >>> model = aepo_model(AepoConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> callable(model.noise) and callable(model.guidance)  # to give to `fuse_policies`
+        True
+    """
     behaviour = diffusion_model(config.behaviour, spec, network=network)
     return tilted_model(behaviour, energy_network(config.guidance))
 
@@ -164,6 +170,13 @@ def aepo(
 
     Returns:
         A `Policy` whose state is an `AepoState`.
+
+    Example:
+        >>> policy = aepo(AepoConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> action = jax.eval_shape(policy.act, state.params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> action.shape
+        (7, 3)
     """
     behaviour = diffusion(config.behaviour, spec, network=network)
     critics = iql_critics(config.critics, spec) if critics is None else critics

@@ -88,6 +88,16 @@ def gather_chunks(
 
     Returns:
         Observations ``[*batch, num_frames * obs]``, actions ``[*batch, horizon * act]``.
+
+    Example:
+        >>> from emfuse_jax.data import linear_gaussian
+        >>> dataset, _ = linear_gaussian(num_episodes=2, length=20, action_size=2)
+        >>> config = ChunkConfig(num_frames=2, horizon=8, execute=4)
+        >>> rows = jax.eval_shape(
+        ...     lambda data, index: gather_chunks(data, index, config), dataset, jnp.arange(5)
+        ... )
+        >>> rows.observation.shape, rows.action.shape
+        ((5, 6), (5, 16))
     """
     index = jnp.asarray(index)
     history = gather_history(dataset, index, config.num_frames)
@@ -115,21 +125,36 @@ def gather_chunks(
 def start_frames(
     observation: Float[Array, "*batch obs"], num_frames: int
 ) -> Float[Array, "*batch frame obs"]:
-    """The frames at an episode's start: the first one, repeated."""
+    """The frames at an episode's start: the first one, repeated.
+
+    Example:
+        >>> start_frames(jnp.array([3.0]), 2).tolist()
+        [[3.0], [3.0]]
+    """
     return jnp.repeat(observation[..., None, :], num_frames, axis=-2)
 
 
 def push_frame(
     frames: Float[Array, "*batch frame obs"], observation: Float[Array, "*batch obs"]
 ) -> Float[Array, "*batch frame obs"]:
-    """The frames one step later."""
+    """The frames one step later.
+
+    Example:
+        >>> push_frame(jnp.array([[1.0], [2.0]]), jnp.array([3.0])).tolist()
+        [[2.0], [3.0]]
+    """
     return jnp.concatenate([frames[..., 1:, :], observation[..., None, :]], axis=-2)
 
 
 def flat_frames(
     frames: Float[Array, "*batch time dim"],
 ) -> Float[Array, "*batch flat"]:
-    """What a policy reads: oldest first, in one row."""
+    """What a policy reads: oldest first, in one row.
+
+    Example:
+        >>> flat_frames(jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [1.0, 2.0, 3.0, 4.0]
+    """
     return frames.reshape(*frames.shape[:-2], -1)
 
 
@@ -244,6 +269,12 @@ def chunk_environment(environment: Environment, config: ChunkConfig) -> Environm
     Args:
         environment: of single steps.
         config: see `ChunkConfig`.
+
+    Example:
+        >>> from emfuse_jax.envs.toy import point_mass
+        >>> env = chunk_environment(point_mass(), ChunkConfig(num_frames=2, horizon=16))
+        >>> env.spec  # two frames of two numbers; sixteen actions of one
+        SpaceSpec(observation_size=4, action_size=16)
     """
     num_frames = config.num_frames
 

@@ -145,6 +145,12 @@ def guided_noise(
 
     Raises:
         ValueError: if the scale is negative.
+
+    Example:
+        >>> noise = guided_noise(lambda y, time: 0.0 * y, lambda y, time: 3.0 * y[..., 0])
+        >>> pushed = noise(jnp.zeros((1, 1)), jnp.ones(1))  # σ is almost 1 there
+        >>> f"{float(pushed[0, 0]):.1f}"
+        '3.0'
     """
     if not scale >= 0.0:
         raise ValueError(
@@ -192,6 +198,16 @@ def guided_act(
 
     Raises:
         ValueError: if the scale is negative or there are no steps.
+
+    Example:
+        >>> from emfuse_jax.policies.diffusion import GuidedDiffusion
+        >>> model = GuidedDiffusion(  # a behaviour N(0, 1), and an energy that likes +1
+        ...     noise=lambda params, observation, y, time: y * _vp.alpha_sigma(time)[1][:, None],
+        ...     guidance=lambda params, observation, y, time: -y[:, 0],
+        ... )
+        >>> act = guided_act(model, 1, bound=None)
+        >>> jax.eval_shape(act, (), jax.random.key(0), jnp.zeros((7, 11))).shape
+        (7, 1)
     """
     guided_noise(
         lambda x, _: x, lambda x, _: x, scale=scale
@@ -235,6 +251,11 @@ def draw_times(
     """Times ``U(min_time, 1)``, one per stratum of the first axis: less noise in a loss.
 
     Rows must be exchangeable, as those of a shuffled batch are.
+
+    Example:
+        >>> times = draw_times(jax.random.key(0), (4,), 0.0)
+        >>> (times * 4).astype(int).tolist()  # one in each quarter
+        [0, 1, 2, 3]
     """
     rows = shape[0] if shape else 1
     stratum = jnp.arange(rows).reshape((rows,) + (1,) * (len(shape) - 1))
@@ -267,7 +288,14 @@ def denoising_loss(
 def diffusion_model(
     config: DiffusionConfig, spec: SpaceSpec, *, network: Network | None = None
 ) -> GuidedDiffusion:
-    """The behaviour of `diffusion`'s parameters, with an energy of 0 everywhere."""
+    """The behaviour of `diffusion`'s parameters, with an energy of 0 everywhere.
+
+    Example:
+        >>> model = diffusion_model(DiffusionConfig(), SpaceSpec(observation_size=5, action_size=3))
+        >>> no_energy = model.guidance(None, None, jnp.zeros((2, 3)), jnp.zeros(2))
+        >>> no_energy.tolist()
+        [0.0, 0.0]
+    """
     network = denoiser(spec.action_size, config.network) if network is None else network
 
     def noise(
@@ -309,6 +337,13 @@ def diffusion(
 
     Returns:
         A `Policy` whose state is a `DiffusionState`.
+
+    Example:
+        >>> policy = diffusion(DiffusionConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> action = jax.eval_shape(policy.act, state.params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> action.shape
+        (7, 3)
     """
     network = denoiser(spec.action_size, config.network) if network is None else network
     optimizer = decayed_adam(config.learning_rate, config.decay_steps)
@@ -368,7 +403,13 @@ def diffusion(
 def decayed_adam(
     learning_rate: float, decay_steps: int | None
 ) -> optax.GradientTransformation:
-    """Adam, its rate annealed to 0 along a cosine unless ``decay_steps`` is None."""
+    """Adam, its rate annealed to 0 along a cosine unless ``decay_steps`` is None.
+
+    Example:
+        >>> optimizer = decayed_adam(1e-3, decay_steps=1000)
+        >>> jax.eval_shape(optimizer.init, jnp.zeros(3))[0].mu.shape
+        (3,)
+    """
     rate: Any = learning_rate
     if decay_steps is not None:
         rate = optax.cosine_decay_schedule(rate, decay_steps)
@@ -378,6 +419,12 @@ def decayed_adam(
 def moving_average(
     weights: Params, average: Params, step: jax.Array, rate: float
 ) -> Params:
-    """The mean of all weights so far, until that would forget slower than ``rate``."""
+    """The mean of all weights so far, until that would forget slower than ``rate``.
+
+    Example:
+        >>> average = moving_average(jnp.array(3.0), jnp.array(1.0), jnp.array(1), rate=0.005)
+        >>> float(average)  # the mean of the first two
+        2.0
+    """
     share: Any = jnp.maximum(rate, 1.0 / (step + 1.0))
     return optax.incremental_update(weights, average, share)

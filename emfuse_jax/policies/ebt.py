@@ -114,6 +114,14 @@ def ebt_policy(
     Raises:
         ValueError: if ``config.horizon`` or ``config.num_frames`` does not divide the
             size it should.
+
+    Example:
+        >>> spec = SpaceSpec(observation_size=11, action_size=3)
+        >>> policy = ebt_policy(EbtConfig(), spec)
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> action = jax.eval_shape(policy.act, state.params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> action.shape
+        (7, 3)
     """
     network = _default_network(config, spec) if network is None else network
     refine = ebt_refine(config, spec, network=network)
@@ -183,6 +191,14 @@ def ebt_refine(
         config: ``act_steps``, ``tolerance`` and ``num_candidates`` say how far.
         spec: as for `ebt_policy`.
         network: as for `ebt_policy`.
+
+    Example:
+        >>> spec = SpaceSpec(observation_size=11, action_size=3)
+        >>> params = jax.eval_shape(ebt_policy(EbtConfig(), spec).init, jax.random.key(0)).params
+        >>> refine = ebt_refine(EbtConfig(), spec)
+        >>> report = jax.eval_shape(refine, params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> report.action.shape
+        (7, 3)
     """
     network = _default_network(config, spec) if network is None else network
     num_candidates = config.num_candidates

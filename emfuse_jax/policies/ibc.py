@@ -191,7 +191,14 @@ def action_box(
 
 
 def evaluations_per_action(config: IbcConfig) -> tuple[int, int]:
-    """Energies and gradients of energies that one action takes, in rows of the network."""
+    """Energies and gradients of energies that one action takes, in rows of the network.
+
+    Example:
+        >>> evaluations_per_action(
+        ...     IbcConfig(inference="derivative_free", num_samples=256, search_steps=3)
+        ... )
+        (1024, 0)
+    """
     if config.inference == "derivative_free":
         return config.num_samples * (config.search_steps + 1), 0
     steps = config.chain_steps * (2 if config.second_pass else 1)
@@ -224,6 +231,13 @@ def ibc(
 
     Raises:
         ValueError: if there is a proposal and no use for it, or none and one is needed.
+
+    Example:
+        >>> policy = ibc(IbcConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> observation, action = jnp.zeros((7, 11)), jnp.zeros((7, 3))
+        >>> jax.eval_shape(policy.energy, state.params, observation, action).shape
+        (7,)
     """
     if (proposal is None) == (config.negatives == "proposal"):
         raise ValueError(

@@ -115,6 +115,14 @@ def model_based(
         candidates_fn: draws several next observations for every imagined row of a batch,
             for policies whose target depends on how their values differ. A recorded row
             is its only candidate.
+
+    Example:
+        >>> from emfuse_jax.policies.sac import SacConfig, sac
+        >>> spec = SpaceSpec(observation_size=2, action_size=1)
+        >>> def rollout_fn(params, key, policy, history):
+        ...     raise NotImplementedError  # `dynamics.rollout` with a model and its rules
+        >>> learner = model_based(sac(SacConfig(), spec), rollout_fn, ModelBasedConfig(), spec)
+        >>> state = jax.eval_shape(learner.init, jax.random.key(0))
     """
     num_real = round(config.real_ratio * config.batch_size)
     capacity = config.rollout_rows * config.horizon * config.retain

@@ -84,6 +84,16 @@ def online(
         policy: any off-policy learner that acts, such as `sac.sac`.
         buffer: a replay buffer of transitions.
         config: see `OnlineConfig`.
+
+    Example:
+        >>> from emfuse_jax.data import ring_buffer
+        >>> from emfuse_jax.envs.toy import point_mass
+        >>> from emfuse_jax.policies.sac import SacConfig, sac
+        >>> env = point_mass()
+        >>> learner = online(
+        ...     env, sac(SacConfig(), env.spec), ring_buffer(10_000, 256), OnlineConfig()
+        ... )
+        >>> state = jax.eval_shape(learner.init, jax.random.key(0))
     """
     envs = auto_reset(env, max_steps=config.max_episode_steps)
     spec = env.spec
@@ -162,7 +172,13 @@ def online(
 
 
 def example_transition(spec: Any) -> Transition:
-    """One transition of zeros, to give a buffer its shapes."""
+    """One transition of zeros, to give a buffer its shapes.
+
+    Example:
+        >>> from emfuse_jax.base import SpaceSpec
+        >>> example_transition(SpaceSpec(observation_size=11, action_size=3)).observation.shape
+        (11,)
+    """
     return Transition(
         observation=jnp.zeros(spec.observation_size),
         action=jnp.zeros(spec.action_size),

@@ -218,6 +218,13 @@ def split_energy_loss(
         energy: ``E_t`` of the noised actions.
         value: ``βQ`` of the clean ones.
         max_weight: bound of a weight, where the other half has no good action at all.
+
+    Example:
+        >>> value = jnp.array([[4.0, 0.0, 4.0, 0.0]])
+        >>> right = split_energy_loss(-value, value)  # low energies where values are high
+        >>> wrong = split_energy_loss(value, value)
+        >>> bool(right[0] < wrong[0])
+        True
     """
     half = value.shape[-1] // 2
     losses = []
@@ -239,6 +246,11 @@ def regression_energy_loss(
     """Mean of ``(E_t + βQ)²``: learns ``E[βQ|a_t]``, a lower bound of ``-E_t``. Biased.
 
     The mean of the row's other actions is taken out of ``βQ``; it guides nowhere.
+
+    Example:
+        >>> value = jnp.array([[1.0, 3.0]])
+        >>> regression_energy_loss(jnp.array([[2.0, -2.0]]), value).tolist()  # others: 3 and 1
+        [0.0]
     """
     total = jnp.sum(value, axis=-1, keepdims=True)
     others = (total - value) / (value.shape[-1] - 1)
@@ -268,7 +280,13 @@ def support_value(
 def qgpo_model(
     config: QgpoConfig, spec: SpaceSpec, *, network: Network | None = None
 ) -> GuidedDiffusion:
-    """Behaviour and guidance as functions of `QgpoParams`, to pool with other energies."""
+    """Behaviour and guidance as functions of `QgpoParams`, to pool with other energies.
+
+    Example:
+        >>> model = qgpo_model(QgpoConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> callable(model.noise) and callable(model.guidance)  # to give to `fuse_policies`
+        True
+    """
     behaviour = diffusion_model(config.behaviour, spec, network=network)
     return tilted_model(behaviour, energy_network(config.guidance))
 
@@ -300,6 +318,13 @@ def qgpo(
     Raises:
         ValueError: from ``update``, at trace time, if a batch has fewer rows than
             ``support_rows``.
+
+    Example:
+        >>> policy = qgpo(QgpoConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> action = jax.eval_shape(policy.act, state.params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> action.shape
+        (7, 3)
     """
     behaviour = diffusion(config.behaviour, spec, network=network)
     model = qgpo_model(config, spec, network=network)

@@ -74,6 +74,14 @@ def effective_sample_size(
 
     Args:
         samples: time first, as `run_sampler` keeps them.
+
+    Example:
+        >>> import jax
+        >>> draws = jax.random.normal(jax.random.key(0), (200, 4, 2))  # [time, chain, dim]
+        >>> with jax.numpy_rank_promotion("allow"):  # blackjax's own arithmetic
+        ...     size = jax.jit(effective_sample_size)(draws)
+        >>> bool((size > 500).all()), size.shape  # independent draws: about one each
+        (True, (2,))
     """
     from blackjax import diagnostics
 
@@ -90,6 +98,15 @@ def potential_scale_reduction(
 
     Raises:
         ValueError: for a single chain.
+
+    Example:
+        >>> import jax
+        >>> draws = jax.random.normal(jax.random.key(0), (200, 4, 2))  # [time, chain, dim]
+        >>> apart = draws + 10 * jnp.arange(4.0)[None, :, None]  # chains that never met
+        >>> with jax.numpy_rank_promotion("allow"):  # blackjax's own arithmetic
+        ...     r_hat = jax.jit(potential_scale_reduction)
+        ...     bool((r_hat(draws) < 1.05).all()), bool((r_hat(apart) > 5).all())
+        (True, True)
     """
     from blackjax import diagnostics
 
