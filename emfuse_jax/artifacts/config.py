@@ -31,6 +31,10 @@ def to_json(value: Any) -> Any:
 
     Raises:
         TypeError: if a value of another type is inside.
+
+    Example:
+        >>> to_json({"sizes": (32, 32), "limit": float("inf")})
+        {'sizes': [32, 32], 'limit': 'inf'}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
@@ -75,7 +79,16 @@ def from_json(kind: type[Config], data: Any, *, where: str = "") -> Config:
 
 
 def decode(kind: Any, data: Any, where: str = "") -> Any:
-    """`from_json` for any type that a field may have, not only dataclasses."""
+    """`from_json` for any type that a field may have, not only dataclasses.
+
+    Example:
+        >>> decode(tuple[int, ...], [32, 32])
+        (32, 32)
+        >>> decode(int, "32", where="sac.num_critics")
+        Traceback (most recent call last):
+            ...
+        ValueError: sac.num_critics...
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
@@ -83,7 +96,9 @@ def decode(kind: Any, data: Any, where: str = "") -> Any:
         return data
     if origin is Literal:
         if (type(data), data) not in [(type(choice), choice) for choice in arguments]:
-            _wrong(where, data, "one of " + ", ".join(map(repr, arguments)))
+            near = nearest(str(data), [str(choice) for choice in arguments])
+            hint = f"; did you mean {near!r}?" if near else ""
+            _wrong(where, data, "one of " + ", ".join(map(repr, arguments)) + hint)
         return data
     if origin in (typing.Union, types.UnionType):
         return _decode_union(arguments, data, where)
@@ -170,6 +185,17 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{prefix}{error}") from error
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like ``name``; None where none is much like it.
+
+    Example:
+        >>> nearest("hoper", ["hopper", "walker2d"])
+        'hopper'
+    """
+    found = difflib.get_close_matches(name, sorted(known), n=1)
+    return found[0] if found else None
+
+
 def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """The text of an error about ``name``, with the nearest known one and all of them.
 
@@ -178,8 +204,8 @@ def unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
         "unknown preset 'fats'; did you mean 'fast'? Known: demo, fast"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else ";"
     return f"unknown {noun} {name!r}{hint} Known: {', '.join(known) or 'none'}"
 
 
@@ -205,6 +231,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     Args:
         path: the file; its folder must exist.
         value: passed through `to_json`.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/config.json"
+        >>> write_json(path, {"rate": 1e-3})
+        >>> read_json(path)
+        {'rate': 0.001}
     """
     path = pathlib.Path(path)
     text = json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
@@ -216,6 +249,13 @@ def replace_file(path: pathlib.Path, text: str) -> None:
 
     Raises:
         OSError: if that fails; it names ``path``, which is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "note.txt"
+        >>> replace_file(path, "whole or not at all")
+        >>> path.read_text()
+        'whole or not at all'
     """
     try:
         _replace_file(path, text)
@@ -243,6 +283,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is not JSON; the text names the file and the line.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "config.json"
+        >>> _ = path.write_text('{"rate": 0.001}')
+        >>> read_json(path)
+        {'rate': 0.001}
     """
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -251,7 +298,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
-    """`from_json` of a file; errors name the file."""
+    """`from_json` of a file; errors name the file.
+
+    Example:
+        >>> import tempfile
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class Net:
+        ...     hidden_sizes: tuple[int, ...] = (64,)
+        >>> path = tempfile.mkdtemp() + "/config.json"
+        >>> write_json(path, Net(hidden_sizes=(8, 8)))
+        >>> load_config(Net, path)
+        Net(hidden_sizes=(8, 8))
+    """
     data = read_json(path)
     try:
         return from_json(kind, data)

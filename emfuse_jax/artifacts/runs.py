@@ -19,6 +19,7 @@ from emfuse_jax import dynamics
 from emfuse_jax.artifacts.checkpoint import best_step, restore, steps
 from emfuse_jax.artifacts.config import (
     from_json,
+    nearest,
     read_json,
     to_json,
     unknown_name,
@@ -111,6 +112,12 @@ def describe(
 
     Raises:
         ValueError: for an unknown kind.
+
+    Example:
+        >>> from emfuse_jax.policies.bc import BcConfig
+        >>> description = describe("bc", BcConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> description["kind"], description["spec"]
+        ('bc', {'observation_size': 11, 'action_size': 3})
     """
     if kind not in KINDS:
         raise ValueError(unknown_name("model", kind, KINDS))
@@ -130,6 +137,12 @@ def describe_fusion(
 
     Raises:
         ValueError: if the members' spaces differ.
+
+    Example:
+        >>> member = describe("etm", dynamics.EtmConfig(), SpaceSpec(11, 3))
+        >>> fusion = describe_fusion([member, member], dynamics.FusionConfig())
+        >>> fusion["kind"], len(fusion["members"])
+        ('fused', 2)
     """
     specs = [member["spec"] for member in members]
     for index, spec in enumerate(specs):
@@ -151,7 +164,15 @@ def describe_fusion(
 def write_description(
     path: str | os.PathLike[str], description: dict[str, Any]
 ) -> None:
-    """Writes ``model.json`` into a run directory."""
+    """Writes ``model.json`` into a run directory.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> write_description(folder, describe("etm", dynamics.EtmConfig(), SpaceSpec(11, 3)))
+        >>> [path.name for path in pathlib.Path(folder).iterdir()]
+        ['model.json']
+    """
     write_json(pathlib.Path(path) / MODEL_FILE, description)
 
 
@@ -161,6 +182,12 @@ def check_description(description: Any, *, inside_fusion: bool = False) -> None:
     Raises:
         ValueError: if a part is missing or ill-typed, or names a place outside of the run
             directory.
+
+    Example:
+        >>> check_description({"kind": "bcc"})
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown model 'bcc'...
     """
     if not isinstance(description, dict):
         raise ValueError(f"it holds {str(description)[:100]}; expected an object")
@@ -176,7 +203,9 @@ def check_description(description: Any, *, inside_fusion: bool = False) -> None:
             raise ValueError(f"{name}={number!r}; expected a size from 1 to {MAX_SIZE}")
     if not isinstance(description.get("config"), dict):
         raise ValueError(f"config is {description.get('config')!r}; expected an object")
-    folder = description.get("params_in")
+    if "params_in" not in description:
+        raise ValueError("params_in is missing; expected a folder's name, or null")
+    folder = description["params_in"]
     if folder is not None and not (
         isinstance(folder, str)
         and folder not in ("", "..")
@@ -194,7 +223,14 @@ def check_description(description: Any, *, inside_fusion: bool = False) -> None:
 
 
 def build(description: dict[str, Any]) -> Any:
-    """The learner (or, of a fusion, the `TransitionModel`) that a description names."""
+    """The learner (or, of a fusion, the `TransitionModel`) that a description names.
+
+    Example:
+        >>> from emfuse_jax.policies.bc import BcConfig
+        >>> description = describe("bc", BcConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> callable(build(description).act)
+        True
+    """
     kind, spec = description["kind"], SpaceSpec(**description["spec"])
     if kind == "fused":
         return _build_fusion(description)
@@ -205,12 +241,27 @@ def build(description: dict[str, Any]) -> Any:
 
 
 def is_uniform(members: Sequence[dict[str, Any]]) -> bool:
-    """Whether members share one architecture, so that their params are a stack."""
+    """Whether members share one architecture, so that their params are a stack.
+
+    Example:
+        >>> spec = SpaceSpec(11, 3)
+        >>> one = describe("etm", dynamics.EtmConfig(), spec)
+        >>> other = describe("etm", dynamics.EtmConfig(energy_sizes=(64,)), spec)
+        >>> is_uniform([one, one]), is_uniform([one, other])
+        (True, False)
+    """
     return all(_architecture(member) == _architecture(members[0]) for member in members)
 
 
 def join_params(members: Sequence[dict[str, Any]], params: Sequence[Params]) -> Params:
-    """The params of a fusion: a stack ``[model, …]`` of one architecture, or a tuple."""
+    """The params of a fusion: a stack ``[model, …]`` of one architecture, or a tuple.
+
+    Example:
+        >>> member = describe("etm", dynamics.EtmConfig(), SpaceSpec(11, 3))
+        >>> params = [{"w": jax.numpy.zeros(3)}, {"w": jax.numpy.ones(3)}]
+        >>> join_params([member, member], params)["w"].shape  # [model, …]
+        (2, 3)
+    """
     return stack(params) if is_uniform(members) else tuple(params)
 
 
@@ -228,9 +279,12 @@ def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Traine
     """
     path = pathlib.Path(path)
     if not (path / MODEL_FILE).exists():
+        beside = [str(p.parent) for p in path.parent.glob(f"*/{MODEL_FILE}")]
+        near = nearest(str(path), beside)
         raise FileNotFoundError(
             f"{path} has no {MODEL_FILE}; give the run directory of a trained model "
             "(what --run_dir named when it was trained)"
+            + (f". Did you mean {near}?" if near else "")
         )
     description = read_json(path / MODEL_FILE)
     try:
@@ -290,7 +344,13 @@ def _fusion_template(description: dict[str, Any]) -> Any:
 
 
 def scales_template(description: dict[str, Any]) -> dynamics.Scales:
-    """Scales of the right shapes for a dynamics model's ``init``."""
+    """Scales of the right shapes for a dynamics model's ``init``.
+
+    Example:
+        >>> description = describe("adetm", dynamics.AdetmConfig(num_lags=5), SpaceSpec(11, 3))
+        >>> scales_template(description).target.mean.shape  # a row per slice: changes, reward
+        (5, 12)
+    """
     spec = SpaceSpec(**description["spec"])
     lags = description["config"].get("num_lags", 1)
 

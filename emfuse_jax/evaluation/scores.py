@@ -43,14 +43,13 @@ def reference_score(name: str) -> ReferenceScore:
         >>> reference_score("hopper").maximum
         3234.3
     """
-    if name in MAZE_SCORES:
-        return MAZE_SCORES[name]
-    if name not in REFERENCE_SCORES:
+    known = REFERENCE_SCORES | MAZE_SCORES
+    if name not in known:
         raise ValueError(
-            f"no reference returns for {name!r}; known: {', '.join(REFERENCE_SCORES)}. "
-            "Report raw returns, or pass your own ReferenceScore(minimum, maximum)"
+            f"no reference returns for {name!r}; known: {', '.join(known)}. Report raw "
+            "returns, or pass your own ReferenceScore(minimum, maximum)"
         )
-    return REFERENCE_SCORES[name]
+    return known[name]
 
 
 def normalized_score(

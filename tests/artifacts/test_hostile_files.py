@@ -65,6 +65,14 @@ def test_any_value_is_a_description_or_refused(value):
         check_description(value)
 
 
+def test_every_part_of_a_description_is_missed(wholes):
+    whole = json.loads(wholes["model"][1])
+    for name in whole:
+        part = {key: value for key, value in whole.items() if key != name}
+        with pytest.raises(ValueError, match=name if name != "kind" else "model"):
+            artifacts.runs.check_description(part)
+
+
 @pytest.mark.parametrize("place", ["/etc", "..", "../other", "a/b", "", 3])
 def test_a_description_cannot_lead_out_of_its_directory(tmp_path, wholes, place):
     description = json.loads(wholes["model"][1]) | {"params_in": place}

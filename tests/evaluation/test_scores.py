@@ -36,6 +36,7 @@ def test_known_values():
 
 def test_unknown_environment_lists_the_known():
     with pytest.raises(
-        ValueError, match=r"'ant'; known: hopper, walker2d, halfcheetah"
+        ValueError,
+        match=r"'ant'; known: hopper, walker2d, halfcheetah, pointmaze-umaze",
     ):
         reference_score("ant")
