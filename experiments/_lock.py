@@ -24,11 +24,13 @@ class Owner(NamedTuple):
         pid: of the process.
         host: where it runs.
         time: since when, ISO 8601 with the zone.
+        boot: of that machine, which its name may outlive or not; empty where unknown.
     """
 
     pid: int
     host: str
     time: str
+    boot: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.time}"
@@ -76,6 +78,7 @@ def take(folder: pathlib.Path) -> Lock:
             os.getpid(),
             socket.gethostname(),
             datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            _boot(),
         )
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner._asdict()).encode() + b"\n", 0)
@@ -95,6 +98,14 @@ def owner(folder: pathlib.Path) -> Owner | None:
         return _read(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _boot() -> str:
+    """What tells this boot of this machine from every other; empty where nothing does."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _flock(descriptor: int) -> bool | None:
@@ -117,17 +128,28 @@ def _flock(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> Owner | None:
     try:
         data = json.loads(os.pread(descriptor, 4096, 0))
-        return Owner(int(data["pid"]), str(data["host"]), str(data["time"]))
-    except (ValueError, KeyError, TypeError):  # empty, or cut short by a kill
+        boot = str(data.get("boot", ""))
+        return Owner(int(data["pid"]), str(data["host"]), str(data["time"]), boot)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # empty, or cut short by a kill
         return None
 
 
 def _may_live(found: Owner, free: bool | None) -> bool:
     """Whether a recorded owner may still be at work, though we could have the lock."""
-    if found.host != socket.gethostname():
-        return True
+    same_host = found.host == socket.gethostname()
+    boots = (found.boot, _boot())
+    same_boot = boots[0] == boots[1] if all(boots) else same_host
+    if not same_boot:
+        return not same_host  # the name of a machine that has booted since
     if free:
-        return False
+        return False  # of one kernel, which would not have given it twice
+    if not same_host:
+        return True  # perhaps a container, whose processes have other numbers
     try:
         os.kill(found.pid, 0)
     except ProcessLookupError:

@@ -77,6 +77,37 @@ def test_another_host_may_still_be_at_work(tmp_path):
     _lock.take(tmp_path).release()
 
 
+def test_a_machine_is_known_by_its_boot_and_not_by_its_name_alone(
+    tmp_path, monkeypatch
+):
+    """Renamed since, rebooted since, or another machine; with locks and without."""
+    record = tmp_path / _lock.LOCK_FILE
+    here, boot = socket.gethostname(), _lock._boot() or "a1"
+    monkeypatch.setattr(_lock, "_boot", lambda: boot)
+    living = os.getppid()
+    for host, found, locks, free in (
+        ("renamed", boot, True, True),
+        ("renamed", boot, False, False),
+        (here, "before", True, True),
+        (here, "before", False, True),
+        ("node-17", "before", True, False),
+    ):
+        text = f'{{"pid": {living}, "host": "{host}", "time": "", "boot": "{found}"}}'
+        record.write_text(text)
+        with monkeypatch.context() as patch:
+            if not locks:
+                patch.setattr(_lock, "_flock", lambda descriptor: None)
+            if free:
+                _lock.take(tmp_path).release()
+            else:
+                with pytest.raises(ValueError, match=f"process {living} on {host}"):
+                    _lock.take(tmp_path)
+    record.unlink()
+    lock = _lock.take(tmp_path)
+    assert _lock.owner(tmp_path).boot == boot
+    lock.release()
+
+
 def test_a_file_system_without_locks_goes_by_the_record(tmp_path, monkeypatch):
     monkeypatch.setattr(_lock, "_flock", lambda descriptor: None)
     ended = subprocess.Popen([sys.executable, "-c", ""])
