@@ -98,11 +98,12 @@ class Attempt:
 
     Attributes:
         scale: of the learning rates in the config that it was given.
+        mode: what ``--on_divergence`` says.
         root: the directory of that run.
     """
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, scale: float, mode: str) -> None:
+        self.scale, self.mode = scale, mode
         self.root: pathlib.Path | None = None
 
 
@@ -136,14 +137,20 @@ def find(metrics: Mapping[str, Any], params: Any = None) -> Finding | None:
 
 
 @contextlib.contextmanager
-def attempt(scale: float) -> Iterator[Attempt]:
+def attempt(scale: float, mode: str = "stop") -> Iterator[Attempt]:
     """Inside the body, runs are opened by configs whose learning rates are so scaled."""
-    made = Attempt(scale)
+    made = Attempt(scale, mode)
     token = _ATTEMPT.set(made)
     try:
         yield made
     finally:
         _ATTEMPT.reset(token)
+
+
+def mode() -> str:
+    """What ``--on_divergence`` says, for commands that start others."""
+    made = _ATTEMPT.get()
+    return "stop" if made is None else made.mode
 
 
 def as_asked(config: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from absl import flags
 
 from emfuse_jax.artifacts.config import decode, to_json, unknown_name
+from experiments._names import unknown_flag
 
 MISSING = dataclasses.MISSING
 Presets = Mapping[str, Callable[[], Any]]
@@ -30,6 +31,7 @@ class Parsed(NamedTuple):
     traceback: bool
     help: str | None = None
     on_divergence: str = "stop"
+    dry_run: bool = False
 
 
 class _Leaf(NamedTuple):
@@ -46,6 +48,7 @@ def parse(
     presets: Presets | None = None,
     default_preset: str | None = None,
     doc: str = "",
+    trains: bool = False,
 ) -> Parsed:
     """Reads a command line.
 
@@ -55,9 +58,10 @@ def parse(
         presets: configs by name, chosen with ``--preset``; flags override fields.
         default_preset: the preset when none is given; None is the class's defaults.
         doc: what the program does, for ``--help``.
+        trains: whether there are the flags of training commands.
 
     Returns:
-        The config, whether ``--traceback`` was given, and the help text if asked for.
+        The config, what the common flags say, and the help text if asked for.
 
     Raises:
         flags.Error: for an unknown flag or a value that does not parse.
@@ -70,6 +74,29 @@ def parse(
     common = {"flag_values": values, "module_name": "common"}
     flags.DEFINE_boolean("help", False, "show this text", **common)
     flags.DEFINE_boolean("traceback", False, "show where an error comes from", **common)
+    if trains:
+        _define_training(common)
+    if presets:
+        known = ", ".join(presets)
+        flags.DEFINE_string("preset", preset, f"one of {known}", **common)
+    try:
+        extra = values(list(argv))[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [*values, *(f"no{name}" for name in values if values[name].boolean)]
+        raise flags.Error(unknown_flag(error.flagname, known)) from error
+    if values.help:
+        return Parsed(None, values.traceback, _help(argv[0], doc, values))
+    if extra:
+        raise ValueError(f"unexpected argument {extra[0]!r}; flags are --name=value")
+    config = config_from_flags(config_cls, values, base=base)
+    if not trains:
+        return Parsed(config, values.traceback)
+    chosen = {name: getattr(values, name) for name in ("on_divergence", "dry_run")}
+    return Parsed(config, values.traceback, **chosen)
+
+
+def _define_training(common: Mapping[str, Any]) -> None:
+    """The flags of every command that trains."""
     flags.DEFINE_enum(
         "on_divergence",
         "stop",
@@ -78,16 +105,13 @@ def parse(
         "every learning rate",
         **common,
     )
-    if presets:
-        known = ", ".join(presets)
-        flags.DEFINE_string("preset", preset, f"one of {known}", **common)
-    extra = values(list(argv))[1:]
-    if values.help:
-        return Parsed(None, values.traceback, _help(argv[0], doc, values))
-    if extra:
-        raise ValueError(f"unexpected argument {extra[0]!r}; flags are --name=value")
-    config = config_from_flags(config_cls, values, base=base)
-    return Parsed(config, values.traceback, on_divergence=values.on_divergence)
+    flags.DEFINE_boolean(
+        "dry_run",
+        False,
+        "train nothing and write nothing: read and check everything, then say shapes, "
+        "parameters, FLOPs, memory and the expected time",
+        **common,
+    )
 
 
 def define(config_cls: type, values: flags.FlagValues, *, base: Any = None) -> None:

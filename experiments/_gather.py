@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emfuse_jax import artifacts
+from experiments import _names
 from experiments._returns import summarize_scores
 
 POLICY, MODEL, FUSION, DEMO = "train_policy", "train_dynamics", "fuse_dynamics", "demo"
@@ -54,11 +55,12 @@ def read_runs(paths: Sequence[str]) -> list[RunFiles]:
     """
     runs = []
     for path in map(pathlib.Path, paths):
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(
-                f"{path} is no run directory (it has no config.json); --runs wants what "
-                "--run_dir named"
-            )
+        with _names.run(path):
+            if not (path / "config.json").exists():
+                raise FileNotFoundError(
+                    f"{path} is no run directory (it has no config.json); --runs wants "
+                    "what --run_dir named"
+                )
         found = artifacts.read_json(path / "config.json")
         if not isinstance(found, dict) or found.get("kind") not in KINDS:
             raise ValueError(

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from emfuse_jax.artifacts.config import read_json, write_json
-from experiments._stopping import StoppedError, until_asked
+from experiments._divergence import EXIT_STATUS as DIVERGED
+from experiments._stopping import EXIT_STATUS, StoppedError, until_asked
 
+RECORD_FILE = "jobs.json"
 _PARENT = "EMFUSE_JAX_PARENT"
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -26,12 +28,15 @@ class Job(NamedTuple):
         command: module and flags, as after ``python -m``.
         makes: a file that is there once the job has succeeded.
         needs: names of the jobs that must have succeeded before.
+        options: more flags, which change nothing about what is made: a job that has
+            succeeded without them is not run again.
     """
 
     name: str
     command: tuple[str, ...]
     makes: pathlib.Path
     needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def run_jobs(
@@ -58,8 +63,8 @@ def run_jobs(
         StoppedError: after SIGTERM, which is passed on: the jobs save and end first.
     """
     (folder / "logs").mkdir(exist_ok=True)
-    record = folder / "jobs.json"
-    done = _done(jobs, record)
+    record = folder / RECORD_FILE
+    done = succeeded(jobs, record)
     waiting = [job for job in jobs if job.name not in done]
     running: list[_Running] = []
     try:
@@ -75,6 +80,10 @@ def run_jobs(
                         print(line, file=sys.stderr, flush=True)
                         running.append(_Running(job, folder / "logs", stage))
                 time.sleep(0.1)
+                if (
+                    asked()
+                ):  # schedulers signal the jobs too: that they end is no failure
+                    continue
                 for process in [p for p in running if p.finished()]:
                     running.remove(process)
                     process.close()
@@ -123,7 +132,7 @@ def die_with_parent() -> None:
         sys.exit("the process that started this job has ended")
 
 
-def _done(jobs: Sequence[Job], record: pathlib.Path) -> dict[str, list[str]]:
+def succeeded(jobs: Sequence[Job], record: pathlib.Path) -> dict[str, list[str]]:
     """The jobs that have succeeded: their record, their file and all that they need."""
     known = read_json(record) if record.exists() else {}
     done: dict[str, list[str]] = {}
@@ -147,7 +156,7 @@ class _Running:
         paths = [str(_ROOT), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *job.command],
+            [sys.executable, "-m", *job.command, *job.options],
             env={**environment, _PARENT: str(os.getpid())},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -173,10 +182,18 @@ class _Running:
         """Raises unless the job succeeded."""
         self._reader.join()
         self._clock.close()
-        if self._process.returncode != 0:
+        status = self._process.returncode
+        if status == EXIT_STATUS:
+            raise StoppedError(f"of {self.job.name}, which has saved")
+        if status == DIVERGED:
             raise ChildProcessError(
-                f"{self.job.name} ended with status {self._process.returncode}; its "
-                f"output is in {self._log_path}, and the same command resumes"
+                f"{self.job.name} has diverged; its output is in {self._log_path}, and "
+                "the same command with --on_divergence=rollback goes on with smaller steps"
+            )
+        if status != 0:
+            raise ChildProcessError(
+                f"{self.job.name} ended with status {status}; its output is in "
+                f"{self._log_path}, and the same command resumes"
             )
 
     def terminate(self) -> None:

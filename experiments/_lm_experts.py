@@ -14,6 +14,7 @@ from emfuse_jax.llm.vocabulary import (
     align_vocabularies,
     check_same_vocabulary,
 )
+from experiments import _names
 
 
 class Experts(NamedTuple):
@@ -84,7 +85,7 @@ def open_experts(
     vocabulary = _vocabulary(
         [entry.tokenizer for entry in loaded],
         models,
-        _names(folders),
+        _called(folders),
         map_vocabulary,
         min_exact,
     )
@@ -92,7 +93,7 @@ def open_experts(
     same = vocabulary is None or all(mapping.identity for mapping in vocabulary)
     stops = {i for entry in (loaded if same else loaded[:1]) for i in entry.stop_ids}
     return Experts(
-        names=_names(folders),
+        names=_called(folders),
         models=models,
         configs=tuple(entry.config for entry in loaded),
         params=tuple(entry.params for entry in loaded),
@@ -113,11 +114,12 @@ def expand_runs(paths: Sequence[str]) -> list[pathlib.Path]:
     """
     folders: list[pathlib.Path] = []
     for path in map(pathlib.Path, paths):
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"expert {path} is no folder; give folders that hold config.json, "
-                "*.safetensors and a tokenizer, or a run of train_lm_experts or merge"
-            )
+        with _names.run(path):
+            if not path.is_dir():
+                raise FileNotFoundError(
+                    f"expert {path} is no folder; give folders that hold config.json, "
+                    "*.safetensors and a tokenizer, or a run of train_lm_experts or merge"
+                )
         if not (path / "models").is_dir():
             merged = path / "model"
             folders.append(merged if (merged / "config.json").is_file() else path)
@@ -164,7 +166,7 @@ def join_params(experts: Experts) -> Any:
     return tree.stack(experts.params) if experts.stacked else experts.params
 
 
-def _names(folders: Sequence[pathlib.Path]) -> tuple[str, ...]:
+def _called(folders: Sequence[pathlib.Path]) -> tuple[str, ...]:
     names = tuple(folder.absolute().name for folder in folders)
     return names if len(set(names)) == len(names) else tuple(map(str, folders))
 

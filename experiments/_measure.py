@@ -23,6 +23,7 @@ from emfuse_jax.evaluation.fidelity import (
     rms_error,
     row_error,
 )
+from experiments import _names
 
 HORIZONS = (1, 5, 10)
 
@@ -57,7 +58,8 @@ def load_domains(
     """Reads data sets and splits each: the last episodes test, those before validate."""
     domains = []
     for source in sources:
-        dataset = load_dataset(source, min_length=min_length)
+        with _names.data_set(source):
+            dataset = load_dataset(source, min_length=min_length)
         parts = split_episodes(dataset, test=test, validation=validation)
         domains.append(Domain(str(source), *parts))
     concatenate([domain.test for domain in domains])  # refuses sizes that differ

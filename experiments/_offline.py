@@ -10,8 +10,10 @@ chosen. Seeds train together as one program. Without ``--env`` nothing is evalua
 """
 
 import dataclasses
+import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -29,7 +31,7 @@ from emfuse_jax.data import (
 from emfuse_jax.data.normalizer import fit_normalizer
 from emfuse_jax.policies.chunks import ChunkConfig, chunk_spec, gather_chunks
 from emfuse_jax.policies.ibc import action_box
-from experiments import _policy_run
+from experiments import _names, _policy_run, presets
 from experiments._measure import require
 from experiments._methods import VALUED, own_config
 from experiments._returns import ONE_STEP, evaluation_env
@@ -50,8 +52,9 @@ class OfflineConfig:
         batch_size: rows per gradient step.
         plan: frames that the policy reads and actions that it plans and executes; the
             transformers' own num_frames and horizon follow it.
-        return_range: rewards are scaled so that the returns of the data's episodes span
-            this much (1000 in implicit Q-learning's locomotion); none: as they are.
+        return_range: methods with values: rewards are scaled so that the returns of the
+            data's episodes span this much (1000 in implicit Q-learning's locomotion);
+            none: as they are.
         chunk: gradient steps per row of metrics.
         eval_every: gradient steps between evaluations and checkpoints.
         eval_episodes: deterministic episodes per evaluation and seed.
@@ -97,13 +100,22 @@ class OfflineConfig:
             )
 
 
-def presets(config_cls: type) -> dict[str, Any]:
+_LENGTHS = {
+    "demo": {"num_updates": 20_000, "eval_every": 10_000},
+    "fast": {},
+    "paper": {"num_updates": 1_000_000, "eval_every": 50_000},
+}
+
+
+def method_presets(config_cls: type, method: str) -> dict[str, Callable[[], Any]]:
     """Of one method; ``paper`` trains as long as the publications do."""
-    return {
-        "demo": lambda: config_cls(num_updates=20_000, eval_every=10_000),
-        "fast": config_cls,
-        "paper": lambda: config_cls(num_updates=1_000_000, eval_every=50_000),
-    }
+
+    def make(name: str) -> Any:
+        own = presets.OFFLINE.get(method)
+        settings = {} if own is None else {method: own(name)}
+        return config_cls(**_LENGTHS[name], **settings)
+
+    return {name: functools.partial(make, name) for name in presets.NAMES}
 
 
 def train_offline(config: Any) -> dict[str, Any]:
@@ -112,14 +124,15 @@ def train_offline(config: Any) -> dict[str, Any]:
     env = evaluation_env(
         config.env, config.eval_episodes, config.version, listed_only=False
     )
-    dataset = concatenate([load_dataset(source) for source in config.data])
+    dataset = concatenate([_load(source) for source in config.data])
     spec = SpaceSpec(dataset.observation.shape[1], dataset.action.shape[1])
     if env is not None and env.spec != spec:
         raise ValueError(
             f"--env={config.env} has {env.spec}, the data have {spec}; name the "
             "environment of the data"
         )
-    dataset = scale_rewards(dataset, config.return_range)
+    if config.method in VALUED:
+        dataset = scale_rewards(dataset, config.return_range)
     if env is None:
         print(_policy_run.skipped(config.env), file=sys.stderr)
     with open_run(config.run_dir, config, kind="train_policy", seed=config.seed) as run:
@@ -132,6 +145,11 @@ def train_offline(config: Any) -> dict[str, Any]:
         with run.stage("train"):
             _fit(run, config, policy, jax.tree.map(jnp.asarray, dataset), env, facts)
         return _policy_run.finish(run, evaluated=env is not None)
+
+
+def _load(source: str) -> Dataset:
+    with _names.data_set(source):
+        return load_dataset(source)
 
 
 def _fit(

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 
 from emfuse_jax import artifacts
+from emfuse_jax.artifacts.config import nearest
 from emfuse_jax.base import Policy
 from emfuse_jax.policies.chunks import ChunkConfig
+from experiments import _names
 from experiments._returns import ONE_STEP, compiled_act, evaluate_seeds, summary
 from experiments._run import Run
 
@@ -98,7 +100,8 @@ def evaluator(
 def skipped(env: str) -> str:
     """Why there was no evaluation."""
     why = f"{env!r} cannot be simulated here" if env else "no --env was named"
-    return f"evaluation skipped: {why}"
+    near = nearest(env, _names.environments())
+    return f"evaluation skipped: {why}" + (f"; did you mean {near!r}?" if near else "")
 
 
 def finish(run: Run, *, evaluated: bool) -> dict[str, Any]:

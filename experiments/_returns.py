@@ -15,6 +15,7 @@ from emfuse_jax.evaluation.episodes import MAX_STEPS, ActFn, evaluate
 from emfuse_jax.evaluation.scores import normalized_score, reference_score
 from emfuse_jax.evaluation.statistics import hierarchical_bootstrap, iqm
 from emfuse_jax.policies.chunks import ChunkConfig, receding_horizon
+from experiments import _names
 
 Act = Callable[[Any, jax.Array, Any], Any]
 """``(params, key, observation [env, obs]) -> action``, compiled once."""
@@ -37,7 +38,8 @@ def evaluation_env(
         return PointMazeBatch(name, num_envs)
     if not name or (name not in ENVIRONMENTS and not listed_only):
         return None
-    return MujocoBatch(name, num_envs, version=version)
+    with _names.environment(name):
+        return MujocoBatch(name, num_envs, version=version)
 
 
 class PlanningAct:

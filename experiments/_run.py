@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emfuse_jax import artifacts
-from experiments import _divergence, _flags, _lock
+from experiments import _compiling, _divergence, _dry_run, _flags, _lock
 from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
 from experiments._stopping import EXIT_STATUS, StoppedError, until_asked
@@ -32,12 +32,16 @@ class Run:
     Attributes:
         path: the directory.
         resumed: whether it was there before.
+        done: the newest step of the directory in whose place a dry run has this one.
         metrics: the writer behind `log`.
     """
 
-    def __init__(self, path: pathlib.Path, *, resumed: bool, lock: _lock.Lock) -> None:
+    def __init__(
+        self, path: pathlib.Path, *, resumed: bool, lock: _lock.Lock, done: int = 0
+    ) -> None:
         self.path = path
         self.resumed = resumed
+        self.done = done
         self.metrics = artifacts.MetricWriter(
             path / "metrics.jsonl", tensorboard=path / "tensorboard"
         )
@@ -91,6 +95,8 @@ class Run:
         save_every: int = 1,
         evaluate: Callable[[int, Any], Mapping[str, Any]] | None = None,
         description: str = "",
+        unit: str = "update",
+        total: int | None = None,
     ) -> Any:
         """`loops.fit` that logs, saves, shows progress, and resumes where it was killed.
 
@@ -109,17 +115,28 @@ class Run:
             evaluate: ``(step, state) -> metrics``, called before each checkpoint; its
                 ``score``, higher is better, marks the best one.
             description: for the progress bar.
+            unit: what an update is, for a dry run.
+            total: updates of all the fits that are to come, for a dry run, which ends
+                with the first; None: this is the only one.
 
         Returns:
             The state after ``num_steps`` updates.
 
         Raises:
+            _dry_run.Done: when the command runs dry.
             StoppedError: after SIGTERM; it has saved.
             DivergedError: if a metric or a parameter has diverged (see `_divergence`);
                 nothing of that chunk is saved.
         """
         from emfuse_jax import loops
 
+        if _dry_run.is_asked():
+            options = {"data": data, "done": self.done, "unit": unit}
+            steps = total or num_steps
+            _dry_run.tell(
+                description, key, learner, state, sample_batch, steps, **options
+            )
+            raise _dry_run.Done
         found = self.restore(state)
         start = 0 if found is None else found.step
         state = state if found is None else found.tree
@@ -135,20 +152,21 @@ class Run:
         def on_chunk(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
             row = dict(metrics)
             self.check(step, row, getattr(state, "params", None))
-            planned, stops = is_planned(step), asked() and step < num_steps
+            planned = is_planned(step)
             if planned and evaluate is not None:
                 row |= evaluate(step, state)
             self.log(step, row)
-            if planned or stops:
+            saves = planned or asked()
+            if saves:
                 keep = _KEEP + len(unplanned) + (not planned)
                 self.save(step, state, score=row.get("score"), keep=keep)
                 while unplanned:
                     artifacts.delete(self.checkpoints, unplanned.pop())
             bar.update(step, row)
-            if stops:
+            if saves and asked():
                 raise StoppedError(f"at step {step} of {num_steps}, which is saved")
 
-        with bar, until_asked() as asked:
+        with bar, until_asked() as asked, _compiling.of(description):
             options = {"data": data, "chunk": chunk, "start": start}
             return loops.fit(
                 key,
@@ -238,7 +256,10 @@ def open_run(
     """
     path = pathlib.Path(path).absolute()
     config = _divergence.as_asked(artifacts.to_json(config))
-    resumed = _check(path, kind, config, ignore)
+    resumed, done = _check(path, kind, config, ignore), 0
+    if _dry_run.is_asked():
+        done = max(artifacts.steps(path / "checkpoints"), default=0)
+        path, resumed = _dry_run.place(), False
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock.take(path)
@@ -255,25 +276,10 @@ def open_run(
         if not resumed:
             artifacts.write_json(path / "config.json", {"kind": kind, "config": config})
         _write_provenance(path / "provenance.json", seed)
-        return Run(path, resumed=resumed, lock=lock)
+        return Run(path, resumed=resumed, lock=lock, done=done)
     except BaseException:
         lock.release()
         raise
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on the disk between runs.
-
-    ``EMFUSE_JAX_CACHE`` is the folder (default ``~/.cache/emfuse_jax/jax``); ``0`` or an
-    empty value switches it off. jax's own ``JAX_COMPILATION_CACHE_DIR`` goes first.
-    """
-    import jax
-
-    folder = os.environ.get("EMFUSE_JAX_CACHE", "~/.cache/emfuse_jax/jax")
-    if folder in ("", "0") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def run_main(
@@ -283,6 +289,7 @@ def run_main(
     *,
     presets: _flags.Presets | None = None,
     default_preset: str | None = None,
+    trains: bool = False,
 ) -> int:
     """The frame of a command line: parses the flags, calls ``main_fn(config)``.
 
@@ -292,12 +299,12 @@ def run_main(
         argv: the program's name and flags; None is ``sys.argv``.
         presets: see `_flags.parse`.
         default_preset: see `_flags.parse`.
+        trains: whether ``--on_divergence`` and ``--dry_run`` make sense.
 
     Returns:
         The exit status: 0, or 2 for bad input, which prints one paragraph and no
         traceback unless ``--traceback`` is given, or 3 where training diverged, or 75
-        after SIGTERM, when what was
-        trained so far is saved, or 130 when interrupted.
+        after SIGTERM, when what was trained so far is saved, or 130 when interrupted.
     """
     from absl import flags
 
@@ -305,13 +312,16 @@ def run_main(
     doc = inspect.getdoc(inspect.getmodule(main_fn)) or ""
     options = {"presets": presets, "default_preset": default_preset, "doc": doc}
     try:
-        parsed = _flags.parse(config_cls, argv, **options)
+        parsed = _flags.parse(config_cls, argv, trains=trains, **options)
         if parsed.help is not None:
             print(parsed.help)
             return 0
         die_with_parent()
-        use_compilation_cache()
-        _call(main_fn, parsed)
+        _compiling.use_cache()
+        with _compiling.told(), _dry_run.asked(parsed.dry_run):
+            _call(main_fn, parsed)
+        return 0
+    except _dry_run.Done:
         return 0
     except (ValueError, OSError, ImportError, flags.Error) as error:
         if "--traceback" in argv:
@@ -338,7 +348,7 @@ def _call(main_fn: Callable[[Any], Any], parsed: _flags.Parsed) -> None:
     """Again from the last checkpoint with smaller steps, where that is asked for."""
     scale = 1.0
     while True:
-        with _divergence.attempt(scale) as attempt:
+        with _divergence.attempt(scale, parsed.on_divergence) as attempt:
             try:
                 main_fn(_divergence.rescale(parsed.config, scale))
                 return

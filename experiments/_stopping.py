@@ -7,8 +7,8 @@ training, where there is nothing that a rerun would not make again.
 """
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +53,8 @@ def until_asked(what: str = "the end of this chunk") -> Iterator[Callable[[], bo
     def handler(*_: Any) -> None:
         came.append(time.monotonic())
         if len(came) == 1:
-            print(f"SIGTERM: stopping at {what}", file=sys.stderr, flush=True)
+            # A buffered stream may be in the middle of a write, and refuses another.
+            os.write(2, f"SIGTERM: stopping at {what}\n".encode())
         elif came[-1] - came[0] > _PATIENCE:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)

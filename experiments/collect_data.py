@@ -47,22 +47,29 @@ from emfuse_jax.evaluation.scores import (
     normalized_spread,
     reference_score,
 )
+from experiments import _names
 from experiments._progress import Progress
 from experiments._run import run_main
 
 
-def check_recording(kind: str, out: str, noise: float) -> None:
+def check_recording(config: Any) -> None:
     """What every recording's settings have to be.
 
     Raises:
-        ValueError: for an unknown format, no name, or a noise below 0.
+        ValueError: for an unknown format, no name, a noise below 0, no rows or no
+            environments.
     """
-    if kind not in FORMATS:
-        raise ValueError(f"format={kind!r}; expected one of {', '.join(FORMATS)}")
-    if not out:
+    if config.format not in FORMATS:
+        raise ValueError(
+            f"format={config.format!r}; expected one of {', '.join(FORMATS)}"
+        )
+    if not config.out:
         raise ValueError("out is empty; name a file, or for minari an id")
-    if not (math.isfinite(noise) and noise >= 0):
-        raise ValueError(f"noise={noise}; expected a finite factor of 0 or more")
+    if not (math.isfinite(config.noise) and config.noise >= 0):
+        raise ValueError(f"noise={config.noise}; expected a finite factor of 0 or more")
+    for name in ("steps", "num_envs"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ class CollectConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_recording(self.format, self.out, self.noise)
+        check_recording(self)
         low, high = self.speed_range
         if not low < high:
             raise ValueError(f"min_speed={low} must be below max_speed={high}")
@@ -139,7 +146,8 @@ def run(config: CollectConfig, *, progress: bool = True) -> dict[str, Any]:
         FileExistsError: if the data set exists and was made with other settings.
         FileNotFoundError: if there is no such policy.
     """
-    check_environment(config.env)
+    with _names.environment(config.env):
+        check_environment(config.env)
     made = already_made(config)
     if made is not None:
         return made
@@ -196,10 +204,11 @@ def episode_speeds(arrays: dict[str, np.ndarray], dt: float) -> np.ndarray:
 def _policy(config: CollectConfig, env: MujocoBatch) -> ActFn:
     if config.policy == "random":
         return random_act(env.spec.action_size)
-    try:
-        behaviour = load_behaviour(config.policy)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; or use --policy=random") from error
+    with _names.behaviour(config.policy):
+        try:
+            behaviour = load_behaviour(config.policy)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; or use --policy=random") from error
     if behaviour.spec != env.spec:
         raise ValueError(
             f"policy {config.policy!r} is for {behaviour.spec}, {config.env} has "

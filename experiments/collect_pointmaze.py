@@ -23,7 +23,7 @@ import jax
 from emfuse_jax.data.behaviour import random_act
 from emfuse_jax.envs.pointmaze import PointMazeBatch, waypoint_act
 from emfuse_jax.evaluation.episodes import ActFn, collect
-from experiments import collect_data
+from experiments import _names, collect_data
 from experiments._progress import Progress
 from experiments._run import run_main
 
@@ -57,7 +57,7 @@ class CollectPointMazeConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        collect_data.check_recording(self.format, self.out, self.noise)
+        collect_data.check_recording(self)
 
     @property
     def version(self) -> str:
@@ -81,7 +81,8 @@ def run(config: CollectPointMazeConfig, *, progress: bool = True) -> dict[str, A
     if made is not None:
         return made
     collect_data.check_writable(config)
-    env = PointMazeBatch(config.env, config.num_envs)
+    with _names.environment(config.env):
+        env = PointMazeBatch(config.env, config.num_envs)
     act, done = _policy(config, env), 0
     bar = Progress(config.steps if progress else 0, description=config.env)
 

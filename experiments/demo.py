@@ -14,6 +14,7 @@ Every step is one of the other commands in a process of its own, as many at a ti
 
 import dataclasses
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -21,9 +22,9 @@ from emfuse_jax import artifacts
 from emfuse_jax.artifacts.config import unknown_name
 from emfuse_jax.data.behaviour import load_behaviour
 from emfuse_jax.envs.mujoco_batch import check_environment
-from experiments import _lm_text
+from experiments import _divergence, _dry_run, _lm_text, _names
 from experiments._gather import DEMO
-from experiments._jobs import Job, run_jobs
+from experiments._jobs import RECORD_FILE, Job, run_jobs, succeeded
 from experiments._lm_rules import parse_rules
 from experiments._run import open_run, run_main
 
@@ -130,15 +131,20 @@ PRESETS = {
 def demo(config: DemoConfig) -> None:
     """Runs what is not finished yet; says where the report is, and what it found."""
     if "dynamics" in config.parts:
-        check_environment(config.env)
+        with _names.environment(config.env):
+            check_environment(config.env)
         for policy in config.policies:
-            load_behaviour(policy)
+            with _names.behaviour(policy):
+                load_behaviour(policy)
     ignore = ("run_dir", "workers")
     with open_run(
         config.run_dir, config, kind=DEMO, seed=config.seed, ignore=ignore
     ) as run:
         folder = pathlib.Path(config.run_dir)
         jobs = plan(config, folder)
+        if _dry_run.is_asked():
+            _tell(jobs, folder)
+            return
         with run.stage("total"):
             run_jobs(jobs, folder, workers=config.workers, stage=run.stage)
         seconds = run.seconds("total")
@@ -150,7 +156,29 @@ def demo(config: DemoConfig) -> None:
 
 
 def plan(config: DemoConfig, folder: pathlib.Path) -> list[Job]:
-    """Every command, the ones that others wait for first."""
+    """Every command, the ones that others wait for first; what trains goes back where it
+    diverges, if that was asked for."""
+    jobs = _jobs_of(config, folder)
+    if _divergence.mode() == "stop":
+        return jobs
+    flag = f"--on_divergence={_divergence.mode()}"
+    return [
+        job._replace(options=(flag,)) if ".train_" in job.command[0] else job
+        for job in jobs
+    ]
+
+
+def _tell(jobs: Sequence[Job], folder: pathlib.Path) -> None:
+    """The plan of a dry run. What a training costs is known once its data are made."""
+    done = succeeded(jobs, folder / RECORD_FILE)
+    print("dry run: nothing is written or trained; each command has a --dry_run too\n")
+    for job in jobs:
+        state = "done" if job.name in done else "to do"
+        command = shlex.join(["python", "-m", *job.command, *job.options])
+        print(f"{job.name} ({state})\n  {command}")
+
+
+def _jobs_of(config: DemoConfig, folder: pathlib.Path) -> list[Job]:
     parts: list[Job] = []
     evaluations: list[Job] = []
     if "dynamics" in config.parts:
@@ -309,7 +337,8 @@ def _decoded(folder: pathlib.Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run_main(demo, DemoConfig, argv, presets=PRESETS, default_preset="demo")
+    options = {"presets": PRESETS, "default_preset": "demo", "trains": True}
+    return run_main(demo, DemoConfig, argv, **options)
 
 
 if __name__ == "__main__":

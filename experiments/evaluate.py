@@ -30,6 +30,7 @@ from emfuse_jax.data.behaviour import (
 from emfuse_jax.envs.mujoco_batch import MujocoBatch
 from emfuse_jax.evaluation.episodes import MAX_STEPS
 from emfuse_jax.policies.chunks import ChunkConfig
+from experiments import _names
 from experiments._measure import require
 from experiments._progress import Progress
 from experiments._returns import (
@@ -55,10 +56,10 @@ class EvaluateConfig:
         run_dir: a run of train_policy; or give --policy.
         policy: a packaged policy's name, an .npz file, or random.
         env: hopper, walker2d, halfcheetah or a maze; empty: the run's own.
-        episodes: per seed, each at most 1000 steps.
+        episodes: per seed, each up to the environment's time limit.
         stochastic: sample a run's actions; behaviour policies always do.
         seed: of the initial states and the sampled actions.
-        version: gymnasium's rewards, v4 or v5.
+        version: gymnasium's rewards, v4 or v5; of a maze there is one.
         out: the JSON file to write; empty: evaluation.json in the run.
     """
 
@@ -107,7 +108,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"policy of this environment (packaged: "
             f"{', '.join(packaged_behaviours()) or 'none'})"
         )
-    how = _settings(config, name, candidate)
+    how = _settings(config, env, candidate)
     result = _already_made(out, how)
     if result is None:
         result = {"kind": KIND, "name": candidate.name, **how}
@@ -130,7 +131,8 @@ def _candidate(config: EvaluateConfig) -> Candidate:
         spec = _simulator(config.env, 1, config.version).spec
         return _host("random", random_act(spec.action_size), spec, "random")
     if config.policy:
-        behaviour = load_behaviour(config.policy)
+        with _names.behaviour(config.policy):
+            behaviour = load_behaviour(config.policy)
         digest = artifacts.tree_digest(behaviour)
         stem = pathlib.Path(config.policy).stem
         return _host(stem, behaviour_act(behaviour), behaviour.spec, digest)
@@ -175,13 +177,15 @@ def _environment(run_dir: str) -> str:
     return name
 
 
-def _settings(config: EvaluateConfig, env: str, candidate: Candidate) -> dict[str, Any]:
+def _settings(
+    config: EvaluateConfig, env: MujocoBatch, candidate: Candidate
+) -> dict[str, Any]:
     """What decides the numbers."""
     import mujoco
 
     return {
-        "env": env,
-        "version": config.version,
+        "env": env.name,
+        "version": env.version,
         "mujoco": mujoco.__version__,
         "num_episodes": config.episodes,
         "stochastic": candidate.stochastic,

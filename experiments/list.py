@@ -19,7 +19,7 @@ from emfuse_jax import artifacts
 from emfuse_jax.artifacts.config import unknown_name
 from emfuse_jax.data.behaviour import PACKAGED, packaged_behaviours
 from emfuse_jax.data.text_sources import available_sources, default_sources
-from emfuse_jax.evaluation.scores import REFERENCE_SCORES
+from emfuse_jax.evaluation.scores import MAZE_SCORES, REFERENCE_SCORES
 from emfuse_jax.llm.rules import FUSION_RULES
 from experiments import _methods
 from experiments._run import run_main
@@ -98,10 +98,10 @@ def data() -> Entries:
 
 
 def envs() -> Entries:
-    """Environments with termination rules and reference returns."""
+    """What ``--env`` takes: environments with reference returns."""
     return {
         name: f"returns of {score.minimum:.0f} and {score.maximum:.0f} are 0 and 100"
-        for name, score in REFERENCE_SCORES.items()
+        for name, score in (REFERENCE_SCORES | MAZE_SCORES).items()
     }
 
 

@@ -148,3 +148,7 @@ def qgpo(name: str) -> QgpoConfig:
         batch_size=64,
         hidden_sizes=(128, 128),
     )
+
+
+OFFLINE = {"diffusion": diffusion, "aepo": aepo, "qgpo": qgpo}
+"""Settings by preset of methods on data; the others' own are those of every preset."""

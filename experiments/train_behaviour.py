@@ -46,6 +46,7 @@ from emfuse_jax.evaluation.scores import (
 from emfuse_jax.loops import scan_steps
 from emfuse_jax.policies.online import example_transition
 from emfuse_jax.policies.sac import SacConfig, sac
+from experiments import _dry_run, _names
 from experiments._packaging import PACKAGING, package, snapshot_path
 from experiments._progress import Progress
 from experiments._run import Run, open_run, run_main
@@ -98,7 +99,8 @@ class TrainBehaviourConfig:
     package_episodes: int = 50
 
     def __post_init__(self) -> None:
-        check_environment(self.env)
+        with _names.environment(self.env):
+            check_environment(self.env)
         for name in ("evaluate_every", "warmup_steps"):
             if getattr(self, name) % self.num_envs:
                 raise ValueError(
@@ -167,7 +169,35 @@ def train(config: TrainBehaviourConfig) -> list[dict[str, Any]]:
         seed=config.seed,
         ignore=("run_dir", *PACKAGING),
     ) as run:
+        if _dry_run.is_asked():
+            _tell(run, config, envs)
+            raise _dry_run.Done
         return _train(run, config, envs, compile_program(config, envs.spec))
+
+
+def _tell(run: Run, config: TrainBehaviourConfig, envs: MujocoBatch) -> None:
+    """A dry run: the learner's updates, and the simulator's share of their time."""
+    program, policy = compile_program(config, envs.spec), sac(config.sac, envs.spec)
+    buffer = ring_buffer(config.total_steps, config.batch_size)
+    learner, replay = program.init(_key(config, 0))
+    envs.reset()
+    action = np.zeros((config.num_envs, envs.spec.action_size))
+    started, steps = time.monotonic(), 100
+    for _ in range(steps):
+        envs.step(action)
+        envs.reset()
+    simulating = (time.monotonic() - started) / steps / config.num_envs
+    _dry_run.tell(
+        f"train_behaviour in {config.env}",
+        _key(config, 1),
+        policy,
+        learner,
+        buffer.sample,
+        config.total_steps - config.warmup_steps,
+        data=replay,
+        done=max(run.done - config.warmup_steps, 0),
+        beside={"of simulation": simulating},
+    )
 
 
 def _train(
@@ -194,6 +224,7 @@ def _train(
             until = step + config.evaluate_every
             state, metrics = _advance(config, program, envs, state, step, until)
             step = until
+            run.check(step, metrics, state.learner.params)
             policy = to_behaviour(state.learner.params.actor)
             snapshot = snapshot_path(run.path, step)
             snapshot.parent.mkdir(exist_ok=True)
@@ -204,7 +235,7 @@ def _train(
             run.log(step, metrics)
             run.save(step, state._replace(simulator=envs.get_state()))
             bar.update(step, {"score": metrics["stochastic_score"]})
-            if asked() and step < config.total_steps:
+            if asked():
                 raise StoppedError(f"at step {step}, which is saved")
     return artifacts.read_metrics(path)
 
@@ -244,7 +275,8 @@ def _advance(
     history = jax.device_get(history)
     names = history[0] if history else ()
     means = {name: float(np.mean([row[name] for row in history])) for name in names}
-    means["train_return"] = float(np.mean(finished)) if finished else float("nan")
+    if finished:
+        means["train_return"] = float(np.mean(finished))
     return state, means
 
 
@@ -330,6 +362,8 @@ def to_behaviour(actor: Any) -> Behaviour:
 
 def command(config: TrainBehaviourConfig) -> None:
     """Trains or packages, and says what came out."""
+    if config.package and _dry_run.is_asked():
+        raise ValueError("--dry_run is about training: give it without --package")
     if config.package:
         key, episodes = jax.random.key(config.seed), config.package_episodes
         record = package(
@@ -348,7 +382,7 @@ def command(config: TrainBehaviourConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run_main(command, TrainBehaviourConfig, argv)
+    return run_main(command, TrainBehaviourConfig, argv, trains=True)
 
 
 def _key(config: TrainBehaviourConfig, purpose: int) -> jax.Array:

@@ -214,9 +214,8 @@ def _finish(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run_main(
-        train, TrainDynamicsConfig, argv, presets=PRESETS, default_preset="fast"
-    )
+    options = {"presets": PRESETS, "default_preset": "fast", "trains": True}
+    return run_main(train, TrainDynamicsConfig, argv, **options)
 
 
 if __name__ == "__main__":

@@ -186,15 +186,16 @@ def plan(config: TrainLmExpertsConfig, domains: Sequence[str]) -> list[Job]:
 def train(config: TrainLmExpertsConfig) -> dict[str, Any]:
     """Trains, writes ``result.json`` and returns what it holds."""
     require(config, "run_dir")
-    folder = pathlib.Path(config.run_dir)
-    text = folder / "text"
+    text = pathlib.Path(config.run_dir) / "text"
     with tempfile.TemporaryDirectory() as temporary:
         # Elsewhere, since text may be refused, and a directory would be left behind.
         found = text if text.exists() else _prepare(config, pathlib.Path(temporary))
-        with open_run(folder, config, kind="train_lm_experts", seed=config.seed) as run:
-            if found != text:
-                _copy_whole(found, text)
-            return _train_all(run, config, folder)
+        with open_run(
+            config.run_dir, config, kind="train_lm_experts", seed=config.seed
+        ) as run:
+            if not (run.path / "text").exists():
+                _copy_whole(found, run.path / "text")
+            return _train_all(run, config)
 
 
 def model_config(size: LmSize, *, vocab_size: int, context_length: int) -> LmConfig:
@@ -246,9 +247,8 @@ def _prepare(config: TrainLmExpertsConfig, temporary: pathlib.Path) -> pathlib.P
     return temporary / "text"
 
 
-def _train_all(
-    run: Run, config: TrainLmExpertsConfig, folder: pathlib.Path
-) -> dict[str, Any]:
+def _train_all(run: Run, config: TrainLmExpertsConfig) -> dict[str, Any]:
+    folder = run.path
     prepared = _lm.read_prepared(folder / "text")
     tokenizer = load_tokenizer(folder / "text" / "tokenizer")
     model = model_config(
@@ -258,11 +258,12 @@ def _train_all(
     )
     learner = lm_learner(model, config.training)
     jobs = plan(config, prepared.domains)
+    total = sum(job.num_steps for job in jobs)
     (folder / "models").mkdir(exist_ok=True)
     for number, job in enumerate(jobs):
         if not (folder / "models" / job.name).exists():
             with run.stage(job.name):
-                _train_one(config, folder, job, number, model, learner, prepared)
+                _train_one(config, folder, job, number, model, learner, prepared, total)
     with run.stage("score"):
         return _finish(run, folder, jobs, model, prepared)
 
@@ -275,6 +276,7 @@ def _train_one(
     model: LmConfig,
     learner: Any,
     prepared: _lm.Prepared,
+    total: int,
 ) -> None:
     """Trains one model in a run directory of its own, and saves it as a whole."""
     width = config.window + 1
@@ -301,6 +303,7 @@ def _train_one(
             chunk=config.chunk,
             save_every=config.save_every,
             description=f"train {job.name}",
+            total=total,
         )
     tokenizer = folder / "text" / "tokenizer"
     _save_model(folder / "models" / job.name, state.params, model, tokenizer)
@@ -358,9 +361,8 @@ def _finish(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    return run_main(
-        train, TrainLmExpertsConfig, argv, presets=PRESETS, default_preset="fast"
-    )
+    options = {"presets": PRESETS, "default_preset": "fast", "trains": True}
+    return run_main(train, TrainLmExpertsConfig, argv, **options)
 
 
 if __name__ == "__main__":

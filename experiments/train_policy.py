@@ -26,12 +26,12 @@ import numpy as np
 
 from emfuse_jax import artifacts
 from emfuse_jax.data import Dataset, concatenate, gather_history
-from emfuse_jax.dynamics import CandidateConfig, rollout
+from emfuse_jax.dynamics import CandidateConfig, lowest_return, rollout
 from emfuse_jax.envs.termination import get_terminated_fn
 from emfuse_jax.policies.bc import bc, clone_config
 from emfuse_jax.policies.model_based import Imagined, ModelBasedConfig, model_based
 from emfuse_jax.policies.sac import SacConfig, sac
-from experiments import _methods, _offline, _policy_run, presets
+from experiments import _methods, _names, _offline, _policy_run, presets
 from experiments._measure import check_sizes, data_behind, load_domains, require
 from experiments._returns import evaluation_env
 from experiments._run import Run, open_run, run_main
@@ -55,7 +55,7 @@ class TrainPolicyConfig:
         num_updates: gradient steps of the policy.
         clone_updates: gradient steps of behaviour cloning: the actor starts there, and the
             clone's energy joins the critic's as a prior; 0: neither.
-        penalty: subtracted from the reward per unit of uncertainty.
+        penalty: cut=uncertainty: subtracted from the reward per unit of uncertainty.
         cut: uncertainty: rollouts are penalised by the model's and cut where it is large;
             energy: they move by the best of several candidates and are cut where their
             least energy exceeds what train_dynamics --model=mcetm calibrated.
@@ -64,7 +64,8 @@ class TrainPolicyConfig:
         cut_quantile: uncertainty: rollouts are cut where the uncertainty exceeds this quantile of
             it on the data; none: never.
         unknown: truncate: a row cut so is worth what the critic says of its last state;
-            terminate: nothing lies beyond (MOReL).
+            terminate: nothing lies beyond; halt: nor is the step itself worth its reward,
+            but the least return that the data allow (MOReL, MC-ETM).
         rollout: branches, buffer and batches.
         sac: the policy.
         seed: the first one.
@@ -86,7 +87,7 @@ class TrainPolicyConfig:
     cut: Literal["uncertainty", "energy"] = "uncertainty"
     candidates: CandidateConfig = CandidateConfig()  # noqa: RUF009
     cut_quantile: float | None = 0.99
-    unknown: Literal["truncate", "terminate"] = "terminate"
+    unknown: Literal["truncate", "terminate", "halt"] = "terminate"
     rollout: ModelBasedConfig = ModelBasedConfig()  # noqa: RUF009
     sac: SacConfig = SacConfig()  # noqa: RUF009
     seed: int = 0
@@ -143,7 +144,8 @@ def train(config: TrainPolicyConfig) -> dict[str, Any]:
             "--env names a listed environment, --terminated=module:function the rule of "
             "another one; give at least one of them"
         )
-    terminated_fn = get_terminated_fn(config.terminated or config.env)
+    with _names.environment(config.env):
+        terminated_fn = get_terminated_fn(config.terminated or config.env)
     env = evaluation_env(
         config.env,
         config.eval_episodes,
@@ -164,18 +166,12 @@ def train(config: TrainPolicyConfig) -> dict[str, Any]:
     check_sizes(domains, trained.spec, config.model)
     dataset = concatenate([domain.train for domain in domains])
     dataset = jax.tree.map(jnp.asarray, dataset)
-    if config.cut == "energy":  # refused before there is a run directory
-        truncated_model(config.model, trained, config.candidates)
+    # What is wrong with the model is told before there is a run directory.
+    branch = rollout_fn(config, trained, dataset, terminated_fn)
     if env is None:
         print(_policy_run.skipped(config.env), file=sys.stderr)
-    with open_run(
-        config.run_dir,
-        config,
-        kind="train_policy",
-        seed=config.seed,
-        ignore=("run_dir", "method"),  # older runs do not name it
-    ) as run:
-        return _train(run, config, trained, dataset, terminated_fn, env)
+    with open_run(config.run_dir, config, kind="train_policy", seed=config.seed) as run:
+        return _train(run, config, trained, dataset, branch, env)
 
 
 def _train(
@@ -183,7 +179,7 @@ def _train(
     config: TrainPolicyConfig,
     trained: artifacts.Trained,
     dataset: Dataset,
-    terminated_fn: Callable[..., Any],
+    branch: Callable[..., Imagined],
     env: Any,
 ) -> dict[str, Any]:
     _policy_run.describe(run, "sac", config.sac, trained.spec, config.num_seeds)
@@ -193,7 +189,7 @@ def _train(
     )
     learner = model_based(
         policy,
-        rollout_fn(config, trained, dataset, terminated_fn),
+        branch,
         config.rollout,
         trained.spec,
         candidates_fn=candidates_fn(trained, config.candidates.num_candidates)
@@ -228,6 +224,7 @@ def _train(
                 run, config, policy, env, facts, per_chunk=per_chunk
             ),
             description="train policy",
+            unit=f"rollout with {per_chunk} updates",
         )
     return _policy_run.finish(run, evaluated=env is not None)
 
@@ -246,6 +243,9 @@ def rollout_fn(
         penalty = 0.0  # its uncertainty is an energy, of any sign
     elif config.cut_quantile is not None:
         threshold = uncertainty_quantile(trained, dataset, lags, config.cut_quantile)
+    halt_value = None
+    if config.unknown == "halt":
+        halt_value = lowest_return(dataset.reward, config.sac.discount)
 
     def branch(params: Any, key: jax.Array, policy: Any, data: Dataset) -> Imagined:
         key_rows, key_rollout = jax.random.split(key)
@@ -267,7 +267,8 @@ def rollout_fn(
             terminated_fn=terminated_fn,
             penalty=penalty,
             truncate_above=threshold,
-            unknown=config.unknown,
+            unknown="truncate" if config.unknown == "truncate" else "terminate",
+            halt_value=halt_value,
         )
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
         return Imagined(flat.transition, flat.valid, flat.uncertainty)
@@ -295,14 +296,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             _offline.train_offline,
             config_cls,
             argv,
-            presets=_offline.presets(config_cls),
+            presets=_offline.method_presets(config_cls, method),
             default_preset="fast",
+            trains=True,
         )
     if method != _methods.ONLINE:
         # Its flags are not known either: the method is what to complain of.
         argv = [argv[0], f"--method={method}"]
     return run_main(
-        train, TrainPolicyConfig, argv, presets=PRESETS, default_preset="fast"
+        train,
+        TrainPolicyConfig,
+        argv,
+        presets=PRESETS,
+        default_preset="fast",
+        trains=True,
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from emfuse_jax import artifacts
 from emfuse_jax.data import load_dataset
-from experiments import collect_pointmaze, evaluate
+from experiments import collect_data, collect_pointmaze, evaluate
 
 pytest.importorskip("gymnasium_robotics")
 FLAGS = ("--steps=620", "--num_envs=2")
@@ -58,4 +58,14 @@ def test_going_to_the_goal_beats_wandering_and_evaluation_scores_in_the_maze(tmp
     out = tmp_path / "random.json"
     flags = ("--policy=random", "--env=pointmaze-umaze", "--episodes=2")
     command(evaluate, *flags, f"--out={out}")
-    assert artifacts.read_json(out)["mean"] < 60
+    result = artifacts.read_json(out)
+    assert result["mean"] < 60
+    assert result["version"] == "v3"  # the maze's own, whatever --version says
+
+
+@pytest.mark.parametrize("flag", ["--steps=0", "--num_envs=0"])
+def test_nothing_to_record_is_refused(tmp_path, capsys, flag):
+    out = f"--out={tmp_path / 'x.hdf5'}"
+    for module in (collect_pointmaze, collect_data):
+        assert module.main(["x", out, flag]) == 2
+        assert f"{flag[2:]} must be at least 1" in capsys.readouterr().err

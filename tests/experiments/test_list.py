@@ -29,6 +29,7 @@ def test_what_is_listed_is_what_is_taken(found):
         rule_by_name("no such rule")
     assert "emselect" in found["rules"]
     assert "41.6" in found["data"]["hopper_medium"]
+    assert list(found["envs"])[-1] == "pointmaze-medium"
     assert found["presets"]["experiments.train_dynamics"] == "demo, fast, paper"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import _toy_main as toy_main
 from emfuse_jax import artifacts
-from experiments import _progress, _run
+from experiments import _compiling, _progress, _run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -257,7 +257,7 @@ def test_the_compilation_cache_can_be_moved_and_switched_off(
     try:
         # Another test's command may have switched it on in this process.
         jax.config.update("jax_compilation_cache_dir", None)
-        _run.use_compilation_cache()
+        _compiling.use_cache()
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

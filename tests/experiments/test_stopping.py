@@ -33,11 +33,12 @@ def whole(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("stops", [(15,), (30,), (25, 35)])
+@pytest.mark.parametrize("stops", [(15,), (30,), (25, 35), (40,)])
 def test_stopped_and_resumed_equals_uninterrupted(
     whole, tmp_path, monkeypatch, capsys, stops
 ):
-    """Between planned checkpoints (every 10 steps), at one, and twice in a row."""
+    """Between planned checkpoints (every 10 steps), at one, twice in a row, and in the
+    last chunk, after which there is still a result to write."""
     path, log = tmp_path / "run", _run.Run.log
     left = list(stops)
 
@@ -92,6 +93,52 @@ def test_other_threads_have_no_signals():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_the_signal_may_come_in_the_middle_of_a_write(monkeypatch, capfd):
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+
+    with _stopping.until_asked() as asked:
+        monkeypatch.setattr(sys, "stderr", Busy())
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.undo()
+        assert asked()
+    assert "SIGTERM: stopping at" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [1, 75])
+def test_jobs_that_the_signal_reached_first_have_not_failed(
+    tmp_path, monkeypatch, status
+):
+    """Schedulers signal the jobs as well; 75 says so even where this process has none."""
+    lines = ["import os, signal, sys"]
+    if status == 1:
+        lines.append("os.kill(os.getppid(), signal.SIGTERM)")
+    (tmp_path / "ended_job.py").write_text("\n".join([*lines, f"sys.exit({status})"]))
+    (tmp_path / "slow_job.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    jobs = [_jobs.Job(n, (f"{n}_job",), tmp_path / "never") for n in ("ended", "slow")]
+    stages = _run.Stages(tmp_path / "stages.json")
+    with pytest.raises(_stopping.StoppedError):
+        _jobs.run_jobs(jobs, tmp_path, workers=2, stage=stages.stage)
+
+
+def test_a_job_that_diverged_is_told_apart_and_options_are_no_other_job(
+    tmp_path, monkeypatch
+):
+    script = "import sys; sys.exit(3 if len(sys.argv) < 2 else 0)"
+    (tmp_path / "wild_job.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = _jobs.Job("wild", ("wild_job",), tmp_path)
+    options = {"workers": 1, "stage": _run.Stages(tmp_path / "stages.json").stage}
+    with pytest.raises(ChildProcessError, match="with --on_divergence=rollback"):
+        _jobs.run_jobs([job], tmp_path, **options)
+    calmed = job._replace(options=("--on_divergence=rollback",))
+    assert not _jobs.succeeded([calmed], tmp_path / _jobs.RECORD_FILE)
+    _jobs.run_jobs([calmed], tmp_path, **options)
+    assert _jobs.succeeded([job], tmp_path / _jobs.RECORD_FILE)
 
 
 def test_jobs_are_stopped_too_and_may_save_first(tmp_path, monkeypatch):

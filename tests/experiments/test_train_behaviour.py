@@ -162,6 +162,28 @@ def test_bands_are_met_in_order_and_apart():
     assert chosen(config, rows) == [20, 50]
 
 
+def test_divergence_is_seen_before_anything_is_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        train_behaviour,
+        "_advance",
+        lambda config, program, envs, state, step, until: (state, {"q_mean": 2e6}),
+    )
+    monkeypatch.setattr(
+        train_behaviour,
+        "compile_program",
+        lambda config, spec: _uncompiled(config, spec),
+    )
+    assert main(["train", *SMALL, f"--run_dir={tmp_path / 'run'}"]) == 3
+    assert "step 32, q_mean=2e+06 (limit 1e+06)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "snapshots").exists()
+    assert artifacts.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def _uncompiled(config, spec):
+    learner = sac(config.sac, spec).init(jax.random.key(0))
+    return train_behaviour.Program(lambda key: (learner, None), None, None, None)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

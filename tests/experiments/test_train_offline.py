@@ -9,9 +9,19 @@ import pytest
 import _tiny_runs as tiny
 from emfuse_jax import artifacts
 from emfuse_jax.base import SpaceSpec
+from emfuse_jax.data.d4rl_reader import write_d4rl
 from emfuse_jax.data.dataset import gather_transition, make_dataset
+from emfuse_jax.policies.aepo import AepoConfig
 from emfuse_jax.policies.iql import IqlConfig
-from experiments import _methods, _offline, _run, evaluate, report, train_policy
+from experiments import (
+    _methods,
+    _offline,
+    _run,
+    evaluate,
+    presets,
+    report,
+    train_policy,
+)
 
 pytestmark = pytest.mark.quick_compile
 
@@ -178,6 +188,20 @@ def test_scaled_rewards_give_returns_of_the_wanted_range():
     assert _offline.scale_rewards(same, None) is same
 
 
+def test_presets_hold_the_methods_own_settings():
+    for method in _methods.OFFLINE:
+        config_cls = _methods.config_class(_offline.OfflineConfig, method)
+        made = _offline.method_presets(config_cls, method)
+        assert tuple(made) == presets.NAMES
+        for name in made:
+            own = presets.OFFLINE.get(method, lambda name, cls=config_cls: None)(name)
+            default = getattr(config_cls(), method)
+            assert getattr(made[name](), method) == (own or default)
+    paper = _offline.method_presets(config_cls, "ibc")["paper"]()
+    assert paper.num_updates == 1_000_000
+    assert presets.aepo("paper").behaviour.network != AepoConfig().behaviour.network
+
+
 def test_settings_of_a_method_come_from_its_own_class():
     config_cls = _methods.config_class(_offline.OfflineConfig, "iql")
     assert config_cls().iql == IqlConfig()
@@ -188,7 +212,11 @@ def test_settings_of_a_method_come_from_its_own_class():
 
 def test_frames_and_chunks_reach_the_policy_and_its_acting(tmp_path):
     root = tmp_path
-    data = tiny.write_data(root / "random.hdf5")
+    # Returns that are all the same: nothing to scale, and bc does not look at them.
+    arrays = tiny.arrays()
+    arrays["rewards"] = np.ones_like(arrays["rewards"])
+    data = root / "random.hdf5"
+    write_d4rl(data, arrays)
     flags = (
         *("--method=bc", "--bc.hidden_sizes=8", "--env=hopper", "--eval_episodes=2"),
         *("--num_updates=5", "--eval_every=5", "--chunk=5", "--batch_size=4"),
