@@ -3,12 +3,15 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from _tiny_runs import write_data
 from emfuse_jax import artifacts
+from emfuse_jax.policies.model_based import ModelBasedConfig
 from experiments import train_dynamics, train_policy
+from experiments._measure import load_domains
 from experiments._truncation import candidates_fn, read_calibration
 
 pytestmark = pytest.mark.quick_compile
@@ -62,6 +65,35 @@ def test_another_sampler_is_refused_by_name_before_anything_is_written(
     error = " ".join(capsys.readouterr().err.split())  # lines are wrapped
     assert "num_candidates=2, this sampler has num_candidates=3" in error
     assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("unknown", ["halt", "terminate"])
+def test_a_step_into_the_unknown_is_worth_the_least_return_of_the_data(
+    run, monkeypatch, unknown
+):
+    trained = artifacts.load_run(run)
+    data = load_domains([str(run.parent / "data.hdf5")], min_length=1)[0].train
+    data = jax.tree.map(jnp.asarray, data)
+    # One slice doubts nothing: below 0, the threshold makes all of it unknown.
+    monkeypatch.setattr(
+        train_policy, "truncated_model", lambda *_: (trained.model, -1.0)
+    )
+    config = train_policy.TrainPolicyConfig(
+        cut="energy",
+        unknown=unknown,
+        rollout=ModelBasedConfig(rollout_rows=4, horizon=1),
+    )
+    imagine = train_policy.rollout_fn(
+        config, trained, data, lambda s, a, n: jnp.zeros(len(s), bool)
+    )
+    steps = imagine(
+        trained.params, jax.random.key(0), lambda key, s: jnp.zeros((len(s), 3)), data
+    )
+    least = float(np.min(data.reward))
+    worth = min(least, least / (1.0 - config.sac.discount))
+    assert (steps.transition.reward == np.float32(worth)).all() == (unknown == "halt")
+    assert steps.transition.terminated.all()
+    assert steps.valid.all()
 
 
 def test_candidates_of_next_observations(run):
