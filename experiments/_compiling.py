@@ -16,7 +16,7 @@ _LOWER = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 _HIT = "/jax/compilation_cache/cache_hits"
 
-PATIENCE = 1.0
+PATIENCE = 2.0
 """Seconds: what takes longer to compile is announced, and what took longer in all, with
 tracing, is told of."""
 

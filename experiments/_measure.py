@@ -156,14 +156,14 @@ class Measured:
     ):
         self._params, self._unit, self._lags = params, unit, lags
         self._predict = jax.jit(model.predict)
-        self._open_loop = jax.jit(
-            lambda params, key, history, actions: open_loop(
-                key,
-                lambda k, h: model.predict(params, k, h).next_observation,
-                history,
-                actions,
-            )
-        )
+
+        def several_steps(params: Any, key: Any, history: Any, actions: Any) -> Any:
+            def step(key: jax.Array, history: Any) -> jax.Array:
+                return model.predict(params, key, history).next_observation
+
+            return open_loop(key, step, history, actions)
+
+        self._open_loop = jax.jit(several_steps)
 
     def one_step(self, dataset: Dataset, count: int = 1500) -> OneStep:
         """Errors on evenly spaced rows with a full history."""

@@ -223,8 +223,8 @@ def _train(
             evaluate=_policy_run.evaluator(
                 run, config, policy, env, facts, per_chunk=per_chunk
             ),
-            description="train policy",
-            unit=f"rollout with {per_chunk} updates",
+            description=f"train policy, {per_chunk} updates a round",
+            unit="round",
         )
     return _policy_run.finish(run, evaluated=env is not None)
 
