@@ -1,6 +1,7 @@
 """What an energy-based dynamics model is made of: its settings, parameters and functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ from emfuse_jax.base import Network, Params, SpaceSpec
 from emfuse_jax.data.normalizer import apply as normalize
 from emfuse_jax.dynamics.base import Anchor, Encoded, Expert, Scales, Slices
 from emfuse_jax.dynamics.sampling import ETM_SAMPLING, SamplingConfig
-from emfuse_jax.nets.energy import conditional_energy
+from emfuse_jax.nets.energy import EnergyNetwork, conditional_energy
 from emfuse_jax.nets.mlp import mlp
 
 
@@ -149,102 +150,132 @@ def energy_expert(
     feature_size: int,
 ) -> tuple[Expert, Forward]:
     """The model's functions: as an `Expert` for its users, as `Forward` for its loss."""
-    dim = spec.observation_size + 1
     with_head = config.negatives == "proposal"
-    head_net = mlp(2 * dim, config.head_sizes, activation=jax.nn.silu)
     activation = jax.nn.silu if with_head else jax.nn.relu
-    energy_net = conditional_energy(config.energy_sizes, activation=activation)
-
-    def init(key: jax.Array, scales: Scales) -> ContrastiveParams:
-        _check_scales(scales, spec, num_lags)
-        # A copy: the caller keeps its scales when a training loop donates the state.
-        scales = jax.tree.map(jnp.array, scales)
-        key_encoder, key_head, key_energy = jax.random.split(key, 3)
-        example = (
-            jnp.zeros((1, spec.observation_size)),
-            jnp.zeros((1, num_lags, spec.action_size)),
-            jnp.ones((1, num_lags), bool),
-        )
-        encoder_params = encoder.init(key_encoder, *example)
-        feature = encoder.apply(encoder_params, *example)
-        head = head_net.init(key_head, feature) if with_head else {}
-        return ContrastiveParams(
-            scales,
-            encoder_params,
-            head,
-            energy_net.init(key_energy, feature, jnp.zeros((1, dim))),
-        )
-
-    def head(params: EnergyParams, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, log_std = jnp.split(head_net.apply(params.head, feature), 2, axis=-1)
-        low, high = LOG_STD_BOUNDS
-        log_std = high - jax.nn.softplus(high - log_std)
-        return mean, low + jax.nn.softplus(log_std - low)
-
-    def features(
-        params: EnergyParams, start: jax.Array, action: jax.Array, lags: jax.Array
-    ) -> jax.Array:
-        scales = params.scales
-        return encoder.apply(
-            params.encoder,
-            normalize(scales.observation, start),
-            normalize(scales.action, action),
-            lags,
-        )
-
-    def encode(
-        params: EnergyParams, start: jax.Array, action: jax.Array, lags: jax.Array
-    ) -> Encoded:
-        feature = features(params, start, action, lags)
-        index = jnp.sum(lags, axis=-1) - 1
-        target = jax.tree.map(lambda leaf: leaf[index], params.scales.target)
-        if not with_head:
-            return Encoded(feature, target.mean, target.scale)
-        mean, log_std = head(params, feature)
-        return Encoded(
-            feature, target.mean + target.scale * mean, target.scale * jnp.exp(log_std)
-        )
-
-    def prepare(params: EnergyParams, feature: jax.Array) -> jax.Array:
-        return energy_net.project(params.energy, feature)
-
-    def tilt(
-        params: EnergyParams, projected: jax.Array, residual: jax.Array
-    ) -> jax.Array:
-        inputs = jnp.arcsinh(residual) if with_head else residual
-        return energy_net.energy(params.energy, projected, inputs)
+    dim = spec.observation_size + 1
+    nets = _Networks(
+        encoder,
+        mlp(2 * dim, config.head_sizes, activation=activation) if with_head else None,
+        conditional_energy(config.energy_sizes, activation=activation),
+    )
+    forward = Forward(
+        init=functools.partial(_init, nets, spec, num_lags),
+        encode=functools.partial(_encode, nets),
+        prepare=lambda params, feature: nets.energy.project(params.energy, feature),
+        tilt=functools.partial(_tilt, nets),
+    )
 
     def encode_slices(params: EnergyParams, slices: Slices) -> Encoded:
-        per_slice = jax.vmap(encode, in_axes=(None, 0, None, 0))
+        per_slice = jax.vmap(forward.encode, in_axes=(None, 0, None, 0))
         return per_slice(params, slices.anchor, slices.action, slices.lags)
-
-    def energy(
-        params: EnergyParams, condition: tuple[jax.Array, ...], target: jax.Array
-    ) -> jax.Array:
-        projected, start, scale = condition
-        residual = (target - start) / scale
-        value = tilt(params, projected, residual)
-        if with_head:
-            value = value + jnp.sum(
-                0.5 * jnp.square(residual) + jnp.log(scale), axis=-1
-            )
-        return value
 
     expert = Expert(
         encode=encode_slices,
         prepare=lambda params, encoded: (
-            prepare(params, encoded.feature),
+            forward.prepare(params, encoded.feature),
             encoded.start,
             encoded.scale,
         ),
-        energy=energy,
+        energy=functools.partial(_energy, nets),
         unit=lambda params: params.scales.target.scale[0, :-1],
         num_lags=num_lags,
         anchor=anchor,
         region="trust" if with_head else "box",
         feature_size=feature_size,
     )
-    return expert, Forward(init, encode, prepare, tilt)
+    return expert, forward
+
+
+def mean_and_log_std(
+    outputs: Float[Array, "*batch twice_dim"],
+) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch dim"]]:
+    """What a Gaussian head's outputs mean; the second half is kept in `LOG_STD_BOUNDS`.
+
+    Example:
+        >>> mean, log_std = mean_and_log_std(jnp.array([3.0, 100.0]))
+        >>> f"{mean[0]:.3f} {log_std[0]:.3f}"
+        '3.000 2.000'
+    """
+    mean, log_std = jnp.split(outputs, 2, axis=-1)
+    low, high = LOG_STD_BOUNDS
+    log_std = high - jax.nn.softplus(high - log_std)
+    return mean, low + jax.nn.softplus(log_std - low)
+
+
+class _Networks(NamedTuple):
+    """``head`` is the proposal's, None where there is none."""
+
+    encoder: Network
+    head: Network | None
+    energy: EnergyNetwork
+
+
+def _init(
+    nets: _Networks, spec: SpaceSpec, num_lags: int, key: jax.Array, scales: Scales
+) -> ContrastiveParams:
+    _check_scales(scales, spec, num_lags)
+    # A copy: the caller keeps its scales when a training loop donates the state.
+    scales = jax.tree.map(jnp.array, scales)
+    key_encoder, key_head, key_energy = jax.random.split(key, 3)
+    example = (
+        jnp.zeros((1, spec.observation_size)),
+        jnp.zeros((1, num_lags, spec.action_size)),
+        jnp.ones((1, num_lags), bool),
+    )
+    encoder = nets.encoder.init(key_encoder, *example)
+    feature = nets.encoder.apply(encoder, *example)
+    target = jnp.zeros((1, spec.observation_size + 1))
+    return ContrastiveParams(
+        scales,
+        encoder,
+        {} if nets.head is None else nets.head.init(key_head, feature),
+        nets.energy.init(key_energy, feature, target),
+    )
+
+
+def _encode(
+    nets: _Networks,
+    params: EnergyParams,
+    start: jax.Array,
+    action: jax.Array,
+    lags: jax.Array,
+) -> Encoded:
+    scales = params.scales
+    feature = nets.encoder.apply(
+        params.encoder,
+        normalize(scales.observation, start),
+        normalize(scales.action, action),
+        lags,
+    )
+    index = jnp.sum(lags, axis=-1) - 1
+    target = jax.tree.map(lambda leaf: leaf[index], scales.target)
+    if nets.head is None:
+        return Encoded(feature, target.mean, target.scale)
+    mean, log_std = mean_and_log_std(nets.head.apply(params.head, feature))
+    return Encoded(
+        feature, target.mean + target.scale * mean, target.scale * jnp.exp(log_std)
+    )
+
+
+def _tilt(
+    nets: _Networks, params: EnergyParams, projected: jax.Array, residual: jax.Array
+) -> jax.Array:
+    inputs = residual if nets.head is None else jnp.arcsinh(residual)
+    return nets.energy.energy(params.energy, projected, inputs)
+
+
+def _energy(
+    nets: _Networks,
+    params: EnergyParams,
+    condition: tuple[jax.Array, ...],
+    target: jax.Array,
+) -> jax.Array:
+    projected, start, scale = condition
+    residual = (target - start) / scale
+    value = _tilt(nets, params, projected, residual)
+    if nets.head is None:
+        return value
+    return value + jnp.sum(0.5 * jnp.square(residual) + jnp.log(scale), axis=-1)
 
 
 def _check_scales(scales: Scales, spec: SpaceSpec, num_lags: int) -> None:

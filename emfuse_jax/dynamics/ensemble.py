@@ -6,24 +6,28 @@ which carry the error.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from emfuse_jax.base import (
     Dynamics,
     History,
     Metrics,
+    Network,
     Params,
     Prediction,
     SpaceSpec,
     TransitionModel,
 )
 from emfuse_jax.data.normalizer import apply as normalize
+from emfuse_jax.dynamics._energy_losses import beta_nll
+from emfuse_jax.dynamics._energy_model import mean_and_log_std
 from emfuse_jax.dynamics.base import Batch, Scales, pack_target
-from emfuse_jax.dynamics.contrastive import LOG_STD_BOUNDS, beta_nll
 from emfuse_jax.dynamics.uncertainty import historical_slice_uncertainty
 from emfuse_jax.nets.mlp import mlp
 
@@ -79,8 +83,9 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
         >>> {leaf.shape[0] for leaf in jax.tree.leaves(state.params.members)}  # [model, …]
         {7}
     """
-    dim = spec.observation_size + 1
-    net = mlp(2 * dim, config.hidden_sizes, activation=jax.nn.silu)
+    net = mlp(
+        2 * (spec.observation_size + 1), config.hidden_sizes, activation=jax.nn.silu
+    )
     optimizer = optax.adam(
         optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     )
@@ -97,47 +102,12 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
             jnp.zeros((), jnp.int32),
         )
 
-    def forward(
-        scales: Scales, member: Params, observation: jax.Array, action: jax.Array
-    ):
-        inputs = [
-            normalize(scales.observation, observation),
-            normalize(scales.action, action),
-        ]
-        mean, log_std = jnp.split(
-            net.apply(member, jnp.concatenate(inputs, axis=-1)), 2, axis=-1
-        )
-        low, high = LOG_STD_BOUNDS
-        log_std = high - jax.nn.softplus(high - log_std)
-        return mean, low + jax.nn.softplus(log_std - low)
-
     def update(
         key: jax.Array, state: EnsembleState, batch: Batch
     ) -> tuple[EnsembleState, Metrics]:
         del key
         scales, members = state.params
-        observation, action = batch.history.observation[0], batch.history.action[0]
-        if observation.shape[0] % config.num_members:
-            raise ValueError(
-                f"a batch of {observation.shape[0]} windows does not divide among "
-                f"num_members={config.num_members}; sample num_members * batch_size"
-            )
-        target = normalize(
-            jax.tree.map(lambda leaf: leaf[0], scales.target),
-            pack_target(observation, batch.next_observation, batch.reward),
-        )
-
-        def objective(members: Params) -> jax.Array:
-            def split(x: jax.Array) -> jax.Array:
-                return x.reshape(config.num_members, -1, x.shape[-1])
-
-            mean, log_std = jax.vmap(forward, in_axes=(None, 0, 0, 0))(
-                scales, members, split(observation), split(action)
-            )
-            residual = (split(target) - mean) * jnp.exp(-log_std)
-            loss = jnp.sum(beta_nll(residual, log_std, config.beta), axis=-1)
-            return jnp.sum(jnp.mean(loss, axis=-1))
-
+        objective = functools.partial(_objective, net, config, scales, batch)
         loss, grads = jax.value_and_grad(objective)(members)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, members)
         params = EnsembleParams(scales, optax.apply_updates(members, updates))
@@ -145,11 +115,60 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
             "loss": loss / config.num_members
         }
 
+    return Dynamics(init, update, _model(net))
+
+
+def _forward(
+    net: Network,
+    scales: Scales,
+    member: Params,
+    observation: Float[Array, "*batch obs"],
+    action: Float[Array, "*batch act"],
+) -> tuple[Float[Array, "*batch dim"], Float[Array, "*batch dim"]]:
+    """One member's mean and log standard deviation of the scaled target."""
+    inputs = [
+        normalize(scales.observation, observation),
+        normalize(scales.action, action),
+    ]
+    return mean_and_log_std(net.apply(member, jnp.concatenate(inputs, axis=-1)))
+
+
+def _objective(
+    net: Network,
+    config: EnsembleConfig,
+    scales: Scales,
+    batch: Batch,
+    members: Params,
+) -> Float[Array, ""]:
+    """The sum over members of the mean β-NLL over each one's own part of the batch."""
+    observation, action = batch.history.observation[0], batch.history.action[0]
+    if observation.shape[0] % config.num_members:
+        raise ValueError(
+            f"a batch of {observation.shape[0]} windows does not divide among "
+            f"num_members={config.num_members}; sample num_members * batch_size"
+        )
+    target = normalize(
+        jax.tree.map(lambda leaf: leaf[0], scales.target),
+        pack_target(observation, batch.next_observation, batch.reward),
+    )
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(config.num_members, -1, x.shape[-1])
+
+    forward = jax.vmap(functools.partial(_forward, net, scales))
+    mean, log_std = forward(members, split(observation), split(action))
+    residual = (split(target) - mean) * jnp.exp(-log_std)
+    loss = jnp.sum(beta_nll(residual, log_std, config.beta), axis=-1)
+    return jnp.sum(jnp.mean(loss, axis=-1))
+
+
+def _model(net: Network) -> TransitionModel:
     def gaussians(
         params: EnsembleParams, history: History
     ) -> tuple[jax.Array, jax.Array]:
-        mean, log_std = jax.vmap(forward, in_axes=(None, 0, None, None))(
-            params.scales, params.members, history.observation[0], history.action[0]
+        forward = functools.partial(_forward, net, params.scales)
+        mean, log_std = jax.vmap(forward, in_axes=(0, None, None))(
+            params.members, history.observation[0], history.action[0]
         )
         target = jax.tree.map(lambda leaf: leaf[0], params.scales.target)
         shape = (1,) * (mean.ndim - 1) + target.scale.shape
@@ -185,4 +204,4 @@ def gaussian_ensemble(config: EnsembleConfig, spec: SpaceSpec) -> Dynamics:
             energy(params, history, following, reward),
         )
 
-    return Dynamics(init, update, TransitionModel(predict, energy, uncertainty))
+    return TransitionModel(predict, energy, uncertainty)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from emfuse_jax.base import History, Params, Prediction, TransitionModel
@@ -184,7 +185,9 @@ def min_energy_model(
     )
 
 
-def lowest_return(reward: Float[Array, "*rows"], discount: float) -> Float[Array, ""]:
+def lowest_return(
+    reward: Float[ArrayLike, "*rows"], discount: float
+) -> Float[Array, ""]:
     """A bound below every return: each step pays at least the least of ``reward``, and
     episodes may end at once or never. It is what a step into the unknown may be worth.
 
@@ -194,7 +197,7 @@ def lowest_return(reward: Float[Array, "*rows"], discount: float) -> Float[Array
         >>> float(lowest_return(jnp.array([3.0, 1.0]), 0.75))  # it may end with this step
         1.0
     """
-    least = jnp.min(reward)
+    least = jnp.min(jnp.asarray(reward))
     return jnp.minimum(least, least / (1.0 - discount))
 
 

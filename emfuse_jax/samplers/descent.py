@@ -229,7 +229,7 @@ def minimize(
     start = (sampler.init(position), seen, active, counts)
     state, seen, _, counts = jax.lax.while_loop(proceed, body, start)
     end = state.position
-    # Rows that stopped were seen where they are; the others moved on, or stepped back.
+    # Rows that stopped were seen where they are, the others before their last step.
     known = seen.gradient_norm <= tolerance
     energy = jax.lax.cond(
         jnp.all(known),
