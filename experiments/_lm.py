@@ -14,6 +14,7 @@ from emfuse_jax.artifacts.config import read_json, replace_file, to_json, write_
 from emfuse_jax.data.text import Corpus, Document
 from emfuse_jax.data.tokens import SEPARATOR, pack_documents, train_bpe
 from emfuse_jax.llm.tokenizer import ByteTokenizer, load_tokenizer
+from experiments import _names
 
 BATCH = 32
 """Windows scored at a time."""
@@ -99,11 +100,12 @@ def read_prepared(folder: pathlib.Path) -> Prepared:
         FileNotFoundError: if it is not all there.
     """
     path = folder / "corpus.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{folder} holds no prepared text (no {path.name}); give the folder of a run "
-            "of train_lm_experts that has got that far"
-        )
+    with _names.run(folder.parent):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder} holds no prepared text (no {path.name}); give the folder of a "
+                "run of train_lm_experts that has got that far"
+            )
     corpus = read_json(path)
     domains = tuple(corpus["counts"])
     with np.load(folder / "tokens.npz", allow_pickle=False) as arrays:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from emfuse_jax.artifacts.config import read_json, write_json
+from experiments import _compiling
 
 
 class Progress:
@@ -80,7 +81,8 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times the body; stages may be nested."""
+        """Times the body, and names it where something is compiled for it; stages may be
+        nested."""
         if name in self._open:
             raise ValueError(
                 f"stage {name!r} is already open; give the inner one a name"
@@ -88,7 +90,8 @@ class Stages:
         self._open[name] = time.monotonic()
         self._open_cpu[name] = time.process_time()
         try:
-            yield
+            with _compiling.of(name):
+                yield
         except BaseException:
             # On a full disk, that the seconds cannot be written is not the news.
             with contextlib.suppress(OSError):

@@ -80,7 +80,7 @@ def rules() -> Entries:
 
 
 def data() -> Entries:
-    """Packaged behaviour policies, and text to train language models on."""
+    """Packaged behaviour policies, Minari's data sets and text, those that are here."""
     records = artifacts.read_json(PACKAGED / "policies.json")
     found = {}
     for name in packaged_behaviours():
@@ -89,12 +89,23 @@ def data() -> Entries:
             f"behaviour policy of {facts['env']}, {facts['stochastic_score']:.1f} "
             "normalised: collect_data --policy"
         )
+    for name in _local_datasets():
+        found[name] = "transitions: train_dynamics and train_policy --data"
     sources = default_sources()
     here = {source.name for source in available_sources(len(sources))}
     for name in sources:
         state = "" if name in here else " (too few files on this machine)"
         found[name] = f"text: train_lm_experts --domains{state}"
     return found
+
+
+def _local_datasets() -> list[str]:
+    from emfuse_jax.data.minari_reader import local_datasets
+
+    try:
+        return local_datasets()
+    except ImportError:
+        return []
 
 
 def envs() -> Entries:

@@ -26,6 +26,7 @@ from emfuse_jax.artifacts.runs import MODEL_FILE
 from emfuse_jax.energy import check_weights
 from emfuse_jax.merging import greedy_soup, model_soup
 from emfuse_jax.merging.regmean import check_options
+from experiments import _names
 from experiments._measure import require
 from experiments._merging import Mergeable, check_plan, describe_memory
 from experiments._progress import Progress
@@ -128,10 +129,11 @@ def _open(config: MergeConfig) -> Mergeable:
     dynamics = [(pathlib.Path(path) / MODEL_FILE).exists() for path in config.experts]
     if any(dynamics) and not all(dynamics):
         odd = config.experts[dynamics.index(False)]
-        raise ValueError(
-            f"{odd} has no {MODEL_FILE}, so it is no run of a dynamics model, as "
-            f"{config.experts[dynamics.index(True)]} is; give experts of one kind"
-        )
+        with _names.run(odd):
+            raise ValueError(
+                f"{odd} has no {MODEL_FILE}, so it is no run of a dynamics model, as "
+                f"{config.experts[dynamics.index(True)]} is; give experts of one kind"
+            )
     options = {
         "with_grams": config.method == "regmean",
         "num_samples": config.num_samples,
@@ -146,7 +148,9 @@ def _open(config: MergeConfig) -> Mergeable:
             )
         return open_dynamics(config.experts, config.data, **options)
     for path in map(pathlib.Path, config.experts):
-        if not any((path / name).exists() for name in ("config.json", "models")):
+        if any((path / name).exists() for name in ("config.json", "models")):
+            continue
+        with _names.run(path):
             raise FileNotFoundError(
                 f"{path} has neither {MODEL_FILE} (a run of a dynamics model) nor "
                 "config.json (a folder of a language model); give experts of either kind"

@@ -12,6 +12,7 @@ from experiments import (
     evaluate,
     fuse_dynamics,
     fuse_llm,
+    merge,
     report,
     train_behaviour,
     train_dynamics,
@@ -67,6 +68,9 @@ def place(tmp_path):
         (train_policy, "--method=iql --data=@/hoppr.hdf5 --run_dir=@/run", "per.hdf5'"),
         (fuse_dynamics, "--experts=@/slo,@/fused --run_dir=@/run", "/slow"),
         (fuse_llm, "--experts=@/slo,@/fused --prompt=x --run_dir=@/run", "/slow'"),
+        (fuse_llm, "--experts=@/slow --score=@/slo --run_dir=@/run", "/slow'"),
+        (merge, "--experts=@/slo,@/fused --run_dir=@/run", "/slow'"),
+        (merge, "--experts=@/slo,@/fusde --run_dir=@/run", "/slow'"),
         (report, "--runs=@/fusedd --out=@/out", "/fused'"),
     ],
 )

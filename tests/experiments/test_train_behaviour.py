@@ -1,6 +1,8 @@
 """Training a behaviour policy: bookkeeping, resuming after a kill, packaging."""
 
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -162,26 +164,47 @@ def test_bands_are_met_in_order_and_apart():
     assert chosen(config, rows) == [20, 50]
 
 
-def test_divergence_is_seen_before_anything_is_saved(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def idle(monkeypatch):
+    """A training that only goes through the motions, with these metrics."""
+    metrics = {"q_mean": 1.0}
+
+    def program(config, spec):
+        learner = sac(config.sac, spec).init(jax.random.key(0))
+        return train_behaviour.Program(lambda key: (learner, None), None, None, None)
+
+    monkeypatch.setattr(train_behaviour, "compile_program", program)
     monkeypatch.setattr(
         train_behaviour,
         "_advance",
-        lambda config, program, envs, state, step, until: (state, {"q_mean": 2e6}),
+        lambda config, program, envs, state, step, until: (state, dict(metrics)),
     )
-    monkeypatch.setattr(
-        train_behaviour,
-        "compile_program",
-        lambda config, spec: _uncompiled(config, spec),
-    )
+    return metrics
+
+
+def test_divergence_is_seen_before_anything_is_saved(tmp_path, idle, capsys):
+    idle["q_mean"] = 2e6
     assert main(["train", *SMALL, f"--run_dir={tmp_path / 'run'}"]) == 3
     assert "step 32, q_mean=2e+06 (limit 1e+06)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "snapshots").exists()
     assert artifacts.steps(tmp_path / "run" / "checkpoints") == []
 
 
-def _uncompiled(config, spec):
-    learner = sac(config.sac, spec).init(jax.random.key(0))
-    return train_behaviour.Program(lambda key: (learner, None), None, None, None)
+def test_the_signal_is_heard_at_the_last_evaluation_too(tmp_path, idle, monkeypatch):
+    left = [32, 64, 96]
+
+    def scores(*_):
+        if len(left) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        left.pop(0)
+        return {"stochastic_score": 1.0, "deterministic_score": 1.0}
+
+    monkeypatch.setattr(train_behaviour, "scores", scores)
+    argv = ["train", *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    assert main(argv) == 75
+    assert artifacts.steps(tmp_path / "run" / "checkpoints") == [32, 64, 96]
+    assert main(argv) == 0
+    assert left == []  # nothing was evaluated again
 
 
 @pytest.mark.parametrize(
