@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 help:
 	@echo "make demo   fused dynamics on Hopper and fused language models, with a report: runs/demo"
-	@echo "make test   lint, types, import floors and every test"
+	@echo "make test   lint, types, import floors, every test and the documentation"
 	@echo "make lint   ruff, pyright and import-linter alone"
 	@echo "make docs   the documentation: build/docs/html/index.html"
 	@echo "make bench  every benchmark: runs/bench/*.json"
@@ -45,13 +45,8 @@ types: $(VENV)/.test
 	else echo "################ TYPES NOT CHECKED: pyright could not be fetched" \
 		"################"; fi
 
-# From a copy: what is generated or executed must not end up among the sources.
 docs: $(VENV)/.docs
-	rm -rf build/docs/source && mkdir -p build/docs
-	cp -R docs build/docs/source && cp CHANGELOG.md build/docs
-	$(BIN)/python docs/generate_api.py build/docs/source/api
-	$(BIN)/python -m sphinx -W --keep-going -q -d build/docs/doctrees \
-		build/docs/source build/docs/html
+	$(BIN)/python docs/build.py build/docs
 
 # The studies take data and hours of their own: see their --help.
 STUDIES := $(patsubst %,benchmarks/%.py,control llm_study model_quality mcetm_control mcetm_hopper \

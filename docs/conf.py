@@ -1,8 +1,13 @@
-"""Sphinx settings. `make docs` builds from a copy, so nothing is written into docs/."""
+"""Sphinx settings. `build.py` gives Sphinx a copy, so nothing is written into docs/."""
 
 import inspect
+import pathlib
+import sys
 
 from emfuse_jax import __version__
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from repository import REPOSITORY
 
 project = "emfuse_jax"
 author = "The emfuse_jax authors"
@@ -16,11 +21,16 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["**.ipynb_checkpoints", "README.md"]
+exclude_patterns = ["**.ipynb_checkpoints"]
 
 html_theme = "sphinx_book_theme"
 html_title = "emfuse_jax"
-html_theme_options = {"show_toc_level": 2, "show_navbar_depth": 2}
+html_theme_options = {
+    "show_toc_level": 2,
+    "show_navbar_depth": 2,
+    "repository_url": f"https://github.com/{REPOSITORY}",
+    "use_repository_button": True,
+}
 
 # In the code's docstrings `name` is code, as in Markdown.
 default_role = "code"
@@ -37,7 +47,8 @@ autodoc_preserve_defaults = True
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
-myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "substitution"]
+myst_substitutions = {"repository": f"`{REPOSITORY}`"}
 myst_heading_anchors = 3
 
 

@@ -7,8 +7,9 @@ damaged one. Kept are the newest steps and the one with the best score.
 
 With several processes (``jax.distributed``) all of them call these functions with the
 same arguments, on a folder that all see: each writes and reads its own shards, the first
-one writes the rest and deletes. The digest is of whole arrays, so a checkpoint can be
-restored onto any other number of processes and devices.
+one writes the rest and deletes; what is a process's own has to be the same in all. The
+digest is of whole arrays, so a checkpoint can be restored onto any other number of
+processes and devices.
 """
 
 import errno
@@ -19,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +70,16 @@ def save(
         ValueError: if a step at least as new is there, or ``keep`` is less than 1.
         OSError: if it could not be written (no room, no right to); what was saved
             before stays as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp()
+        >>> for step, score in [(1, 0.9), (2, 0.1), (3, 0.2)]:
+        ...     save(path, step, {"w": jnp.full(2, step)}, score=score, keep=1)
+        >>> steps(path)  # the newest, and the best
+        [1, 3]
+        >>> restore(path, {"w": jnp.zeros(2, jnp.int32)})["w"].tolist()
+        [3, 3]
     """
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1")
@@ -91,9 +103,7 @@ def save(
             "restore_latest(), or delete_after() the step to go on from"
         )
     _write(folder, step, tree, meta)
-    if _leads():
-        _delete(folder, set(steps(folder)) - _preserved(folder, keep))
-    _wait_for_all("deleted")
+    _delete(folder, lambda: set(steps(folder)) - _preserved(folder, keep))
 
 
 def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None) -> Any:
@@ -109,6 +119,17 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None)
         FileNotFoundError: if there is no checkpoint, or not that step.
         ValueError: if the checkpoint is of another architecture (the first leaf that
             differs is named), or the step asked for is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp()
+        >>> save(path, 1, {"w": jnp.ones(2)})
+        >>> restore(path, {"w": jnp.zeros(2)})["w"].tolist()
+        [1.0, 1.0]
+        >>> restore(path, {"w": jnp.zeros(3)})
+        Traceback (most recent call last):
+            ...
+        ValueError: ...
     """
     if step is None:
         found = restore_latest(path, like)
@@ -145,6 +166,16 @@ def restore_latest(
 
     Raises:
         ValueError: if the checkpoint is of another architecture, or all are damaged.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp())
+        >>> for step in (1, 2):
+        ...     save(path, step, {"w": jnp.full(2, float(step))})
+        >>> (path / "2" / "meta" / "metadata").write_text("torn")  # a disk that lied
+        4
+        >>> restore_latest(path, {"w": jnp.zeros(2)}).step
+        1
     """
     folder = pathlib.Path(path).absolute()
     damaged: dict[int, str] = {}
@@ -158,9 +189,7 @@ def restore_latest(
             damaged[step] = damage or "another process could not read it"
             continue
         if discard_damaged:
-            if _leads():
-                delete_after(folder, step)
-            _wait_for_all("discarded")
+            delete_after(folder, step)
         return Restored(step, tree, damaged)
     if damaged:
         raise ValueError(f"every checkpoint in {folder} is damaged: {damaged}")
@@ -168,7 +197,13 @@ def restore_latest(
 
 
 def steps(path: str | os.PathLike[str]) -> list[int]:
-    """The steps that were saved completely, oldest first."""
+    """The steps that were saved completely, oldest first.
+
+    Example:
+        >>> import tempfile
+        >>> steps(tempfile.mkdtemp())
+        []
+    """
     folder = pathlib.Path(path)
     if not folder.is_dir():
         return []
@@ -176,20 +211,48 @@ def steps(path: str | os.PathLike[str]) -> list[int]:
 
 
 def best_step(path: str | os.PathLike[str]) -> int | None:
-    """The step with the highest score, the newest of equals; None if none has one."""
+    """The step with the highest score, the newest of equals; None if none has one.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp()
+        >>> save(path, 1, {"w": jnp.zeros(2)}, score=0.9)
+        >>> save(path, 2, {"w": jnp.ones(2)}, score=0.1)
+        >>> best_step(path), steps(path)[-1]
+        (1, 2)
+    """
     scores = {step: _readable_meta(path, step).get("score") for step in steps(path)}
     scored = [(score, step) for step, score in scores.items() if score is not None]
     return max(scored)[1] if scored else None
 
 
 def delete_after(path: str | os.PathLike[str], step: int) -> None:
-    """Deletes every checkpoint newer than ``step``."""
-    _delete(pathlib.Path(path), {newer for newer in steps(path) if newer > step})
+    """Deletes every checkpoint newer than ``step``.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp()
+        >>> for step in (1, 2, 3):
+        ...     save(path, step, {"w": jnp.full(2, step)})
+        >>> delete_after(path, 1)
+        >>> steps(path)
+        [1]
+    """
+    _delete(pathlib.Path(path), lambda: {s for s in steps(path) if s > step})
 
 
 def delete(path: str | os.PathLike[str], step: int) -> None:
-    """Deletes one checkpoint, if it is there."""
-    _delete(pathlib.Path(path), {step} & set(steps(path)))
+    """Deletes one checkpoint, if it is there.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp()
+        >>> save(path, 1, {"w": jnp.zeros(2)})
+        >>> delete(path, 1)
+        >>> steps(path)
+        []
+    """
+    _delete(pathlib.Path(path), lambda: {step} & set(steps(path)))
 
 
 def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
@@ -202,6 +265,14 @@ def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if there is no such step.
         ValueError: if the file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp()
+        >>> save(path, 1, {"w": jnp.zeros(2)}, config={"rate": 1e-3}, score=0.5)
+        >>> meta = read_meta(path, 1)
+        >>> meta["config"], meta["score"]
+        ({'rate': 0.001}, 0.5)
     """
     file = pathlib.Path(path) / str(step) / "meta" / "metadata"
     meta = read_json(file)
@@ -343,13 +414,15 @@ def _preserved(folder: pathlib.Path, keep: int) -> set[int]:
     return {*steps(folder)[-keep:], best_step(folder)} - {None}
 
 
-def _delete(folder: pathlib.Path, unwanted: set[int]) -> None:
-    trash = folder / _DELETED
-    for step in sorted(unwanted):
-        # Renamed first: a kill in the middle leaves no half of a checkpoint behind.
-        trash.mkdir(exist_ok=True)
-        os.replace(folder / str(step), trash / f"{step}-{os.getpid()}")
-    shutil.rmtree(trash, ignore_errors=True)
+def _delete(folder: pathlib.Path, unwanted: Callable[[], set[int]]) -> None:
+    if _leads():
+        trash = folder / _DELETED
+        for step in sorted(unwanted()):
+            # Renamed first: a kill in the middle leaves no half of a checkpoint behind.
+            trash.mkdir(exist_ok=True)
+            os.replace(folder / str(step), trash / f"{step}-{os.getpid()}")
+        shutil.rmtree(trash, ignore_errors=True)
+    _wait_for_all("deleted")
 
 
 def _readable_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
@@ -387,6 +460,9 @@ def _canonical(leaf: Any) -> Any:
     """Python numbers as the arrays that jax would make of them."""
     if isinstance(leaf, bool | int | float):
         return np.asarray(leaf, jnp.result_type(leaf))
+    if jax.process_count() > 1 and isinstance(leaf, jax.Array) and not _is_key(leaf):
+        # Orbax takes the arrays of one process from nobody but numpy.
+        return np.asarray(leaf) if leaf.is_fully_addressable else leaf
     return leaf
 
 
@@ -396,7 +472,7 @@ def _placed(leaf: Any) -> Any:
         return leaf
     sharding = leaf.sharding
     if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

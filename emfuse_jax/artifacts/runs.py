@@ -276,6 +276,19 @@ def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Traine
         FileNotFoundError: if it is no run directory or has no checkpoint yet.
         ValueError: if a file in it was not written by this package, or the checkpoint is
             of another architecture than ``model.json`` says.
+
+    Example:
+        >>> import tempfile
+        >>> from emfuse_jax.artifacts import checkpoint
+        >>> folder, spec, config = tempfile.mkdtemp(), SpaceSpec(2, 1), dynamics.EtmConfig()
+        >>> write_description(folder, describe("etm", config, spec))
+        >>> learner = dynamics.etm(config, spec)
+        >>> template = scales_template(describe("etm", config, spec))
+        >>> state = jax.eval_shape(learner.init, jax.random.key(0), template)
+        >>> state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+        >>> checkpoint.save(f"{folder}/checkpoints", 10, state)  # as training does
+        >>> load_run(folder).step
+        10
     """
     path = pathlib.Path(path)
     if not (path / MODEL_FILE).exists():

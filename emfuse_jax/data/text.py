@@ -105,6 +105,15 @@ def load_corpora(
         FileNotFoundError: if a source has no files; the text lists where it looked.
         ValueError: if a file is not UTF-8 (the text names file and byte), a name is
             given twice, or nothing remains of a domain's training or held-out text.
+
+    Example:
+        >>> import tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for i in range(10):
+        ...     _ = (folder / f"{i}.txt").write_text(f"page {i}, line {i}\\n" * 30)
+        >>> (corpus,) = load_corpora([TextSource(name="mine", patterns=(str(folder),))])
+        >>> len(corpus.train), len(corpus.held_out)
+        (8, 2)
     """
     config = config or TextConfig()
     names = [source.name for source in sources]

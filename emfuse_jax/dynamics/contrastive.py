@@ -69,6 +69,8 @@ __all__ = [
 
 
 class ContrastiveState(NamedTuple):
+    """What `contrastive_dynamics` trains; ``step`` counts the updates."""
+
     params: EnergyParams
     optimizer: optax.OptState
     step: jax.Array

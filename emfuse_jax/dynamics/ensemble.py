@@ -55,12 +55,16 @@ class EnsembleConfig:
 
 
 class EnsembleParams(NamedTuple):
+    """The coordinates that all members share, and the members."""
+
     scales: Scales
     members: Params
     """Leaves ``[model, …]``."""
 
 
 class EnsembleState(NamedTuple):
+    """What `gaussian_ensemble` trains; ``step`` counts the updates."""
+
     params: EnsembleParams
     optimizer: optax.OptState
     step: jax.Array

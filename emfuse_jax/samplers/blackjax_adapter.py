@@ -77,15 +77,16 @@ def effective_sample_size(
 
     Example:
         >>> import jax
-        >>> draws = jax.random.normal(jax.random.key(0), (200, 4, 2))  # [time, chain, dim]
+        >>> draws = jax.random.normal(jax.random.key(0), (200, 4, 1))  # [time, chain, dim]
         >>> with jax.numpy_rank_promotion("allow"):  # blackjax's own arithmetic
         ...     size = jax.jit(effective_sample_size)(draws)
         >>> bool((size > 500).all()), size.shape  # independent draws: about one each
-        (True, (2,))
+        (True, (1,))
     """
     from blackjax import diagnostics
 
-    return diagnostics.effective_sample_size(samples, chain_axis=1, sample_axis=0)
+    size = diagnostics.effective_sample_size(samples, chain_axis=1, sample_axis=0)
+    return jnp.reshape(size, samples.shape[2:])  # blackjax drops axes of size 1
 
 
 def potential_scale_reduction(
@@ -101,7 +102,7 @@ def potential_scale_reduction(
 
     Example:
         >>> import jax
-        >>> draws = jax.random.normal(jax.random.key(0), (200, 4, 2))  # [time, chain, dim]
+        >>> draws = jax.random.normal(jax.random.key(0), (200, 4, 1))  # [time, chain, dim]
         >>> apart = draws + 10 * jnp.arange(4.0)[None, :, None]  # chains that never met
         >>> with jax.numpy_rank_promotion("allow"):  # blackjax's own arithmetic
         ...     r_hat = jax.jit(potential_scale_reduction)
@@ -113,7 +114,7 @@ def potential_scale_reduction(
     if samples.shape[1] < 2:
         raise ValueError("R-hat compares chains and got one; run at least two")
     rhat = diagnostics.potential_scale_reduction(samples, chain_axis=1, sample_axis=0)
-    return jnp.asarray(rhat)
+    return jnp.reshape(rhat, samples.shape[2:])  # as above
 
 
 def _vmap_times(function: Callable[..., Any], times: int) -> Callable[..., Any]:

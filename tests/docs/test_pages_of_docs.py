@@ -5,15 +5,20 @@ import importlib
 import json
 import pathlib
 import re
+import runpy
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from emfuse_jax import llm
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
 PAGES = [*sorted((DOCS / "methods").glob("*.md")), DOCS / "migration.md"]
-PAGES += sorted((DOCS / "guides").glob("*.md"))
 BADGE = "https://colab.research.google.com/github/{}/blob/main/docs/tutorials/{}.ipynb"
-REPOSITORY = re.compile(r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)/blob")
+NAMING = runpy.run_path(str(DOCS / "repository.py"))
+REPOSITORY = NAMING["REPOSITORY"]
 
 
 def cells(path, kind):
@@ -37,20 +42,53 @@ def test_a_notebook_is_stored_without_output(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_opens_in_colab_and_shows_its_devices(path):
-    title = cells(path, "markdown")[0]
-    repositories = {
-        REPOSITORY.search(cells(p, "markdown")[0]).group(1) for p in NOTEBOOKS
-    }
-    assert len(repositories) == 1
-    assert BADGE.format(*repositories, path.stem) in title
+    assert BADGE.format(REPOSITORY, path.stem) in cells(path, "markdown")[0]
+    assert f'git+https://github.com/{REPOSITORY}"' in cells(path, "code")[0]
     assert any("jax.devices()" in code for code in cells(path, "code"))
     assert any("GPU or TPU" in text for text in cells(path, "markdown"))
+
+
+def test_the_repository_is_named_in_one_place():
+    """`repository.py` rewrites every name of it that a notebook spells out."""
+    for path in NOTEBOOKS:
+        text = path.read_text()
+        assert NAMING["renamed"](text) == text
+        moved = text.replace(REPOSITORY, "some-body/else.where")
+        assert moved.count("some-body/else.where") == 2
+        assert NAMING["renamed"](moved) == text
+
+
+def blocks(path):
+    """The Python of a page that the build does not execute."""
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+@pytest.mark.quick_compile
+@pytest.mark.allow_rank_promotion  # blackjax does
+def test_the_examples_of_the_migration_page_run(tmp_path, monkeypatch):
+    """On two bowls, and on two folders of tiny language models."""
+    sampling, packing = blocks(DOCS / "migration.md")
+    bowls = {"energy_a": lambda y: jnp.sum(y**2), "energy_b": lambda y: jnp.sum(y**4)}
+    space = {"weights": jnp.array([0.5, 0.5]), "ones": jnp.ones(2), **bowls}
+    exec(sampling, space)
+    start = space["algorithm"].init(jnp.ones(2))
+    assert float(start.logdensity) == pytest.approx(-2.0)
+
+    config = llm.LmConfig(vocab_size=257, hidden_size=8, num_layers=1, num_heads=1)
+    params = llm.init_params(jax.random.key(0), config)
+    for folder in "AB":
+        llm.save_pretrained(tmp_path / folder, params, config)
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(packing, space)
+    assert space["fused"].vocab_size == 257
+    assert len(space["params"]) == 2
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_what_a_page_imports_exists(path):
     """Blocks that are not executed name real modules and names all the same."""
-    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S):
+    for block in blocks(path):
         for node in ast.walk(ast.parse(block)):
             if not isinstance(node, ast.ImportFrom):
                 continue
