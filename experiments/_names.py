@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 from emfuse_jax.artifacts.config import nearest
+from experiments._methods import OFFLINE
 
 
 @contextlib.contextmanager
@@ -83,4 +84,7 @@ def unknown_flag(name: str, known: Iterable[str]) -> str:
     near = [whole] if whole else near
     told = ", ".join(f"--{flag}" for flag in near[:4])
     hint = f" Did you mean {told}?" if near else ""
+    method, dot, _ = name.partition(".")
+    if dot and method in OFFLINE and not any(f.startswith(f"{method}.") for f in known):
+        hint = f" It belongs to train_policy --method={method}."
     return f"unknown flag --{name}.{hint} --help lists all"

@@ -29,6 +29,7 @@ FLAGS = ["seed", "etm.learning_rate", "adetm.learning_rate", "adetm.num_lags"]
         ("learning_rate", "Did you mean --adetm.learning_rate, --etm.learning_rate?"),
         ("adetm.learnig_rate", "Did you mean --adetm.learning_rate?"),
         ("adetm.num_lag", "Did you mean --adetm.num_lags?"),
+        ("aepo.critics.discount", "It belongs to train_policy --method=aepo."),
         ("zzz", "unknown flag --zzz. --help"),
     ],
 )
