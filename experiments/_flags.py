@@ -32,6 +32,7 @@ class Parsed(NamedTuple):
     help: str | None = None
     on_divergence: str = "stop"
     dry_run: bool = False
+    devices: str = "one"
 
 
 class _Leaf(NamedTuple):
@@ -49,6 +50,7 @@ def parse(
     default_preset: str | None = None,
     doc: str = "",
     trains: bool = False,
+    shares: bool = False,
 ) -> Parsed:
     """Reads a command line.
 
@@ -59,6 +61,7 @@ def parse(
         default_preset: the preset when none is given; None is the class's defaults.
         doc: what the program does, for ``--help``.
         trains: whether there are the flags of training commands.
+        shares: whether there is ``--devices``.
 
     Returns:
         The config, what the common flags say, and the help text if asked for.
@@ -76,6 +79,8 @@ def parse(
     flags.DEFINE_boolean("traceback", False, "show where an error comes from", **common)
     if trains:
         _define_training(common)
+    if shares:
+        flags.DEFINE_string("devices", "one", _DEVICES, **common)
     if presets:
         known = ", ".join(presets)
         flags.DEFINE_string("preset", preset, f"one of {known}", **common)
@@ -89,10 +94,16 @@ def parse(
     if extra:
         raise ValueError(f"unexpected argument {extra[0]!r}; flags are --name=value")
     config = config_from_flags(config_cls, values, base=base)
-    if not trains:
-        return Parsed(config, values.traceback)
-    chosen = {name: getattr(values, name) for name in ("on_divergence", "dry_run")}
+    common_names = ("on_divergence", "dry_run", "devices")
+    chosen = {name: values[name].value for name in common_names if name in values}
     return Parsed(config, values.traceback, **chosen)
+
+
+_DEVICES = (
+    "train on one device, on all of this machine, or on those of all hosts, where the same "
+    "command runs on each (SLURM, GKE, TPU pods and Open MPI are found; elsewhere "
+    "hosts,ADDRESS:PORT,PROCESSES,NUMBER)"
+)
 
 
 def _define_training(common: Mapping[str, Any]) -> None:

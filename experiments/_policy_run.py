@@ -70,12 +70,13 @@ def evaluator(
         plan: how a policy of chunks acts.
     """
     act = compiled_act(policy, plan=plan, spec=None if env is None else env.spec)
+    folder = run.checkpoints.parent / POLICY_FOLDER  # one of all processes
     result = dict(facts)
 
     def evaluate(chunks: int, state: Any) -> dict[str, float]:
         step, params = chunks * per_chunk, state.params
-        artifacts.delete_after(run.path / POLICY_FOLDER, step - 1)
-        artifacts.save(run.path / POLICY_FOLDER, step, params)
+        artifacts.delete_after(folder, step - 1)
+        artifacts.save(folder, step, params)
         result["step"] = step
         if env is None:
             run.write_json("result.json", result)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emfuse_jax import artifacts
-from experiments import _compiling, _divergence, _dry_run, _flags, _lock
+from experiments import _compiling, _devices, _divergence, _dry_run, _flags, _lock
 from experiments._jobs import die_with_parent
 from experiments._progress import Progress, Stages
 from experiments._stopping import EXIT_STATUS, StoppedError, until_asked
@@ -33,6 +33,7 @@ class Run:
         path: the directory.
         resumed: whether it was there before.
         done: the newest step of the directory in whose place a dry run has this one.
+        checkpoints: the folder of this run's checkpoints.
         metrics: the writer behind `log`.
     """
 
@@ -40,6 +41,7 @@ class Run:
         self, path: pathlib.Path, *, resumed: bool, lock: _lock.Lock, done: int = 0
     ) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
         self.resumed = resumed
         self.done = done
         self.metrics = artifacts.MetricWriter(
@@ -49,11 +51,6 @@ class Run:
         self._lock = lock
         self.stage = self._stages.stage
         self.seconds = self._stages.seconds
-
-    @property
-    def checkpoints(self) -> pathlib.Path:
-        """The folder of this run's checkpoints."""
-        return self.path / "checkpoints"
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes one row of metrics."""
@@ -97,6 +94,7 @@ class Run:
         description: str = "",
         unit: str = "update",
         total: int | None = None,
+        batch_axes: Any = 0,
     ) -> Any:
         """`loops.fit` that logs, saves, shows progress, and resumes where it was killed.
 
@@ -115,9 +113,10 @@ class Run:
             evaluate: ``(step, state) -> metrics``, called before each checkpoint; its
                 ``score``, higher is better, marks the best one.
             description: for the progress bar.
-            unit: what an update is, for a dry run.
+            unit: what an update of the learner is called.
             total: updates of all the fits that are to come, for a dry run, which ends
                 with the first; None: this is the only one.
+            batch_axes: the axis that counts rows in each leaf of a batch, for ``--devices``.
 
         Returns:
             The state after ``num_steps`` updates.
@@ -137,12 +136,14 @@ class Run:
                 description, key, learner, state, sample_batch, steps, **options
             )
             raise _dry_run.Done
+        learner, state, data = _devices.place(learner, state, data, batch_axes)
         found = self.restore(state)
         start = 0 if found is None else found.step
         state = state if found is None else found.tree
         if start == num_steps:
-            return state
-        bar = Progress(num_steps, initial=start, description=description)
+            return _devices.own(state)
+        shown = {"description": description, "unit": unit}
+        bar = Progress(num_steps, initial=start, **shown)
 
         def is_planned(step: int) -> bool:
             return step in (0, num_steps) or (step // chunk) % save_every == 0
@@ -150,25 +151,25 @@ class Run:
         unplanned = set() if is_planned(start) else {start}
 
         def on_chunk(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-            row = dict(metrics)
-            self.check(step, row, getattr(state, "params", None))
+            row, mine = dict(metrics), _devices.own(state)
+            self.check(step, row, getattr(mine, "params", None))
             planned = is_planned(step)
             if planned and evaluate is not None:
-                row |= evaluate(step, state)
+                row |= evaluate(step, mine)
             self.log(step, row)
-            saves = planned or asked()
+            saves = planned or _devices.anywhere(asked())
             if saves:
                 keep = _KEEP + len(unplanned) + (not planned)
                 self.save(step, state, score=row.get("score"), keep=keep)
                 while unplanned:
                     artifacts.delete(self.checkpoints, unplanned.pop())
             bar.update(step, row)
-            if saves and asked():
+            if saves and _devices.anywhere(asked()):
                 raise StoppedError(f"at step {step} of {num_steps}, which is saved")
 
         with bar, until_asked() as asked, _compiling.of(description):
             options = {"data": data, "chunk": chunk, "start": start}
-            return loops.fit(
+            state, _ = loops.fit(
                 key,
                 learner,
                 state,
@@ -176,7 +177,8 @@ class Run:
                 num_steps,
                 on_chunk=on_chunk,
                 **options,
-            )[0]
+            )
+        return _devices.own(state)
 
     def check(self, step: int, metrics: Mapping[str, Any], params: Any = None) -> None:
         """To be called at a chunk's end, before it is saved.
@@ -254,8 +256,21 @@ def open_run(
             another process has it open, which is named. Nothing is changed then.
         OSError: if it cannot be written.
     """
-    path = pathlib.Path(path).absolute()
     config = _divergence.as_asked(artifacts.to_json(config))
+    return _devices.open_together(
+        lambda place: _open(place, config, kind=kind, seed=seed, ignore=ignore),
+        pathlib.Path(path).absolute(),
+    )
+
+
+def _open(
+    path: pathlib.Path,
+    config: Any,
+    *,
+    kind: str,
+    seed: int | None,
+    ignore: Sequence[str],
+) -> Run:
     resumed, done = _check(path, kind, config, ignore), 0
     if _dry_run.is_asked():
         done = max(artifacts.steps(path / "checkpoints"), default=0)
@@ -290,6 +305,7 @@ def run_main(
     presets: _flags.Presets | None = None,
     default_preset: str | None = None,
     trains: bool = False,
+    shares: bool = False,
 ) -> int:
     """The frame of a command line: parses the flags, calls ``main_fn(config)``.
 
@@ -300,6 +316,7 @@ def run_main(
         presets: see `_flags.parse`.
         default_preset: see `_flags.parse`.
         trains: whether ``--on_divergence`` and ``--dry_run`` make sense.
+        shares: whether it can train on many ``--devices``.
 
     Returns:
         The exit status: 0, or 2 for bad input, which prints one paragraph and no
@@ -312,13 +329,17 @@ def run_main(
     doc = inspect.getdoc(inspect.getmodule(main_fn)) or ""
     options = {"presets": presets, "default_preset": default_preset, "doc": doc}
     try:
-        parsed = _flags.parse(config_cls, argv, trains=trains, **options)
+        parsed = _flags.parse(config_cls, argv, trains=trains, shares=shares, **options)
         if parsed.help is not None:
             print(parsed.help)
             return 0
         die_with_parent()
         _compiling.use_cache()
-        with _compiling.told(), _dry_run.asked(parsed.dry_run):
+        with (
+            _devices.chosen(parsed.devices, rolls_back=parsed.on_divergence != "stop"),
+            _compiling.told(),
+            _dry_run.asked(parsed.dry_run),
+        ):
             _call(main_fn, parsed)
         return 0
     except _dry_run.Done:

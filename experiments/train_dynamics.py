@@ -25,6 +25,7 @@ from emfuse_jax.base import SpaceSpec
 from emfuse_jax.data import Dataset, concatenate, gather_history
 from emfuse_jax.dynamics import (
     AdetmConfig,
+    Batch,
     CandidateConfig,
     EnsembleConfig,
     EtmConfig,
@@ -162,6 +163,7 @@ def _fit(
         save_every=config.save_every,
         evaluate=evaluate,
         description=f"train {config.model}",
+        batch_axes=Batch(history=1, reward=0, next_observation=0),
     )
 
 
@@ -214,8 +216,15 @@ def _finish(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    options = {"presets": PRESETS, "default_preset": "fast", "trains": True}
-    return run_main(train, TrainDynamicsConfig, argv, **options)
+    return run_main(
+        train,
+        TrainDynamicsConfig,
+        argv,
+        presets=PRESETS,
+        default_preset="fast",
+        trains=True,
+        shares=True,
+    )
 
 
 if __name__ == "__main__":

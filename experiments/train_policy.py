@@ -299,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             presets=_offline.method_presets(config_cls, method),
             default_preset="fast",
             trains=True,
+            shares=True,
         )
     if method != _methods.ONLINE:
         # Its flags are not known either: the method is what to complain of.

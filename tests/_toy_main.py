@@ -111,7 +111,7 @@ def train(config):
 
 def main(argv=None):
     """The command line."""
-    return _run.run_main(train, ToyConfig, argv, trains=True)
+    return _run.run_main(train, ToyConfig, argv, trains=True, shares=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The library's own learners and models, unchanged, on eight devices and on one."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from _lm_models import TINY, random_params, random_tokens
 from emfuse_jax import tree
 from emfuse_jax.base import SpaceSpec, Transition
 from emfuse_jax.data.dataset import gather_history
@@ -22,7 +25,9 @@ from emfuse_jax.dynamics import (
     sample_windows,
     uncertainty_weights,
 )
-from emfuse_jax.parallel import ROW_KEY, data_parallel, make_mesh, shard_rows
+from emfuse_jax.evaluation.language import token_log_probs
+from emfuse_jax.llm import fuse_language_models, language_model, uniform
+from emfuse_jax.parallel import ROW_KEY, data_parallel, make_mesh, shard_rows, split
 from emfuse_jax.policies.sac import SacConfig, sac
 
 SPEC = SpaceSpec(observation_size=3, action_size=2)
@@ -39,8 +44,12 @@ CONFIG = AdetmConfig(
     learning_rate=0.05,
     sampling=SamplingConfig(num_steps=2, noise=1.0),
 )
+LM = dataclasses.replace(TINY, num_layers=1)
 
-pytestmark = pytest.mark.allow_rank_promotion  # distrax, in SAC's policy
+pytestmark = [
+    pytest.mark.allow_rank_promotion,  # distrax, in SAC's policy
+    pytest.mark.quick_compile,
+]
 
 
 @pytest.fixture
@@ -173,3 +182,24 @@ def test_rollouts(mesh, fused):
     )
     assert several.reward.shape == (4, 13)
     chex.assert_trees_all_close(several, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_fused_language_models(mesh):
+    """Two ways: inputs that lie on the devices, and rows without any exchange."""
+    model = fuse_language_models(language_model(LM), uniform(), num_models=2)
+    params = tree.stack([random_params(LM, seed) for seed in (0, 1)])
+    context, tokens = (random_tokens(seed, (8, 5), LM.vocab_size) for seed in (2, 3))
+    texts = (context, jnp.arange(5)[None] >= jnp.arange(8)[:, None] % 4,
+             tokens, jnp.ones_like(tokens, bool))  # fmt: skip
+
+    def score(params, *texts):
+        return token_log_probs(params, model, *texts).log_probs
+
+    alone = jax.jit(score)(params, *texts)
+    placed = jax.jit(score)(params, *(split(text, mesh) for text in texts))
+    assert len(placed.sharding.device_set) == 8
+    np.testing.assert_allclose(placed, alone, rtol=1e-5, atol=1e-5)
+    axes = (None, 0, 0, 0, 0)
+    rows = jax.jit(shard_rows(score, mesh, in_axes=axes))(params, *texts)
+    np.testing.assert_allclose(rows, alone, rtol=1e-5, atol=1e-5)
+    assert len(np.unique(np.round(alone, 4))) > 30
