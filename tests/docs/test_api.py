@@ -4,13 +4,16 @@ Public is what a module's ``__all__`` says, or where it says nothing, every clas
 function of its own without a leading underscore.
 """
 
+import contextlib
 import doctest
 import fnmatch
 import importlib
 import importlib.util
 import inspect
+import io
 import pathlib
 import tomllib
+import types
 
 import pytest
 
@@ -139,6 +142,29 @@ def test_public_functions_have_an_example_that_runs():
     assert not missing, f"no doctest, and no reason given for that: {missing}"
 
 
+def test_the_runner_finds_every_example():
+    """It takes what `doctest` finds in a module, functions behind a decorator too."""
+    homes = {f.__module__ for f in FUNCTIONS.values()}
+    finder = doctest.DocTestFinder()
+    found = {
+        example.name
+        for home in homes
+        for example in finder.find(importlib.import_module(home))
+        if example.examples
+    }
+    missed = {n for n, f in FUNCTIONS.items() if has_example(f)} - found
+    assert not missed, sorted(missed)
+    assert len(found) > 350
+
+
+def test_a_wrong_example_fails():
+    module = types.ModuleType("wrong")
+    module.__doc__ = ">>> 1 + 1\n3\n"
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent):
+        assert doctest.testmod(module).failed == 1
+
+
 @pytest.mark.parametrize("pattern", NO_EXAMPLE)
 def test_an_exemption_from_examples_is_needed(pattern):
     covered = [name for name in FUNCTIONS if covers(pattern, name)]
@@ -163,4 +189,3 @@ def test_the_checks_can_fail():
     assert not has_docstring(bare)
     assert not has_docstring(Row)
     assert not has_example(bare)
-    assert doctest.DocTestParser().get_examples(">>> 1 + 1\n2\n")
