@@ -1,14 +1,20 @@
 """The guidance network that guided diffusion policies share."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from emfuse_jax.base import Network, Transition
+from emfuse_jax.base import ActFn, Network, Params, SpaceSpec, Transition
 from emfuse_jax.data import normalizer as normalization
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.nets.denoiser import time_energy
-from emfuse_jax.policies.diffusion import GuidedDiffusion
+from emfuse_jax.policies._learning import decayed_adam, gradient_step, moving_average
+from emfuse_jax.policies._settings import decays, positive, rates
+from emfuse_jax.policies.diffusion import DiffusionConfig, GuidedDiffusion, guided_act
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,21 +40,54 @@ class GuidanceConfig:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0.0:
+        if not 0.0 <= self.scale < float("inf"):
             raise ValueError(
                 f"guidance scale={self.scale}; expected 0 or more: a negative one seeks "
                 "the actions that the value calls bad"
             )
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(
-                f"decay_steps={self.decay_steps}; expected at least 1, or None for a "
-                "constant rate"
-            )
-        if not 0.0 < self.average_rate <= 1.0:
-            raise ValueError(
-                f"average_rate={self.average_rate}; expected a rate in (0, 1]; 1 guides "
-                "with the last weights"
-            )
+        positive(self, "learning_rate")
+        decays(self, "decay_steps")
+        rates(self, "average_rate")
+
+
+class GuidanceState(NamedTuple):
+    """Trained weights, their average, which guides, and the optimiser's state."""
+
+    weights: Params
+    average: Params
+    optimizer: optax.OptState
+
+
+def init_guidance(
+    config: GuidanceConfig, key: jax.Array, spec: SpaceSpec
+) -> GuidanceState:
+    """Untrained guidance."""
+    observation, action = (jnp.zeros(size) for size in spec)
+    network = energy_network(config)
+    weights = network.init(key, action, jnp.zeros(()), observation)
+    average = jax.tree.map(jnp.copy, weights)
+    return GuidanceState(weights, average, _optimizer(config).init(weights))
+
+
+def guidance_step(
+    config: GuidanceConfig,
+    objective: Callable[[Params], jax.Array],
+    state: GuidanceState,
+    step: jax.Array,
+) -> tuple[GuidanceState, jax.Array]:
+    """One step down ``objective(weights) -> loss``, and the loss."""
+    weights, optimizer, loss, _ = gradient_step(
+        _optimizer(config),
+        lambda weights: (objective(weights), None),
+        state.weights,
+        state.optimizer,
+    )
+    average = moving_average(weights, state.average, step, config.average_rate)
+    return GuidanceState(weights, average, optimizer), loss
+
+
+def _optimizer(config: GuidanceConfig) -> optax.GradientTransformation:
+    return decayed_adam(config.learning_rate, config.decay_steps)
 
 
 def tilted_model(behaviour: GuidedDiffusion, energy: Network) -> GuidedDiffusion:
@@ -62,6 +101,23 @@ def tilted_model(behaviour: GuidedDiffusion, energy: Network) -> GuidedDiffusion
         return energy.apply(params.energy, noisy_action, time, normal)
 
     return GuidedDiffusion(noise, guidance)
+
+
+def tilted_act(
+    model: GuidedDiffusion,
+    behaviour: DiffusionConfig,
+    guidance: GuidanceConfig,
+    spec: SpaceSpec,
+) -> ActFn:
+    """Acting with a `tilted_model`, as both configs say."""
+    return guided_act(
+        model,
+        spec.action_size,
+        num_steps=behaviour.num_steps,
+        scale=guidance.scale,
+        rescale=guidance.rescale,
+        bound=behaviour.bound,
+    )
 
 
 def energy_network(config: GuidanceConfig) -> Network:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from emfuse_jax.base import Metrics, Network, Params, Policy, SpaceSpec, Transition
 from emfuse_jax.data.normalizer import Normalizer
@@ -26,21 +27,24 @@ from emfuse_jax.policies import _analytic, _vp
 from emfuse_jax.policies._analytic import PosteriorMoments
 from emfuse_jax.policies._guidance import (
     GuidanceConfig,
+    GuidanceState,
     energy_network,
+    guidance_step,
+    init_guidance,
     normalized,
+    tilted_act,
     tilted_model,
 )
+from emfuse_jax.policies._learning import running_mean
+from emfuse_jax.policies._settings import at_least, rates
 from emfuse_jax.policies.diffusion import (
     DiffusionConfig,
     DiffusionParams,
     DiffusionState,
     GuidedDiffusion,
-    decayed_adam,
     diffusion,
     diffusion_model,
     draw_times,
-    guided_act,
-    moving_average,
 )
 from emfuse_jax.policies.iql import IqlCritics, IqlCriticsConfig, iql_critics
 
@@ -53,9 +57,10 @@ class AepoConfig:
         behaviour: the diffusion model of the recorded actions.
         critics: IQL's critics.
         guidance: the energy network and its use.
-        inverse_temperature: ``β``, 0 or more. In units of the advantage's standard
-            deviation where ``normalize_values``: ``KL(π ‖ μ)`` is then about ``β²/2``.
-        normalize_values: divide values by the running standard deviation of ``Q - V`` over
+        inverse_temperature: ``β``, 0 or more. In units of the advantage's root mean square
+            where ``normalize_values``: ``KL(π ‖ μ)`` is then about ``β²/2``, less where the
+            advantages have a mean.
+        normalize_values: divide values by the running root mean square of ``Q - V`` over
             the data.
         expansion: gradient: the published first-order form. curvature: the exact Gaussian
             integral of the second-order expansion, for critics with curvature (those of
@@ -90,12 +95,8 @@ class AepoConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}; expected one of {known}"
                 )
-        if self.num_bins < 1:
-            raise ValueError(f"num_bins={self.num_bins}; expected at least 1")
-        if not 0.0 < self.moment_rate <= 1.0:
-            raise ValueError(
-                f"moment_rate={self.moment_rate}; expected a rate in (0, 1]"
-            )
+        at_least(self, 1, "num_bins")
+        rates(self, "moment_rate")
 
 
 class AepoParams(NamedTuple):
@@ -178,110 +179,124 @@ def aepo(
         >>> action.shape
         (7, 3)
     """
-    behaviour = diffusion(config.behaviour, spec, network=network)
-    critics = iql_critics(config.critics, spec) if critics is None else critics
-    model = aepo_model(config, spec, network=network)
-    energy = energy_network(config.guidance)
-    optimizer = decayed_adam(config.guidance.learning_rate, config.guidance.decay_steps)
+    parts = _Parts(
+        behaviour=diffusion(config.behaviour, spec, network=network),
+        critics=iql_critics(config.critics, spec) if critics is None else critics,
+        model=aepo_model(config, spec, network=network),
+    )
 
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> AepoState:
         key_behaviour, key_critics, key_energy = jax.random.split(key, 3)
-        weights = energy.init(
-            key_energy,
-            jnp.zeros(spec.action_size),
-            jnp.zeros(()),
-            jnp.zeros(spec.observation_size),
-        )
+        energy, average, optimizer = init_guidance(config.guidance, key_energy, spec)
         return AepoState(
-            behaviour=behaviour.init(key_behaviour, normalizer=normalizer),
-            critics=critics.init(key_critics),
-            energy=weights,
-            average=jax.tree.map(jnp.copy, weights),
-            optimizer=optimizer.init(weights),
+            behaviour=parts.behaviour.init(key_behaviour, normalizer=normalizer),
+            critics=parts.critics.init(key_critics),
+            energy=energy,
+            average=average,
+            optimizer=optimizer,
             moments=_analytic.init_moments(config.num_bins, spec.action_size),
             advantage_square=jnp.zeros(()),
         )
 
-    def energy_step(
-        state: AepoState, noisy: jax.Array, time: jax.Array, normal: Any, target: Any
-    ) -> tuple[dict[str, Any], Metrics]:
-        """New guidance, as fields of the state."""
-
-        def objective(weights: Params) -> jax.Array:
-            found = energy.apply(weights, noisy, time, normal.observation)
-            return jnp.mean(jnp.square(found - target))
-
-        loss, gradient = jax.value_and_grad(objective)(state.energy)
-        change, new_optimizer = optimizer.update(gradient, state.optimizer)
-        weights = optax.apply_updates(state.energy, change)
-        average = moving_average(
-            weights, state.average, state.step, config.guidance.average_rate
-        )
-        new = {"energy": weights, "average": average, "optimizer": new_optimizer}
-        return new, {"energy_loss": loss, "energy_std": jnp.std(target)}
-
     def update(
         key: jax.Array, state: AepoState, batch: Transition
     ) -> tuple[AepoState, Metrics]:
-        key_behaviour, key_critics, key_time, key_noise = jax.random.split(key, 4)
-        new_behaviour, learned = behaviour.update(key_behaviour, state.behaviour, batch)
-        normal = normalized(new_behaviour.params.normalizer, batch)
-        new_critics, metrics = critics.update(key_critics, state.critics, normal)
-        values = new_critics.params
+        return _update(config, parts, key, state, batch)
 
-        action = batch.action
-        time = draw_times(key_time, action.shape[:-1], config.behaviour.min_time)
-        noisy = _vp.diffuse(action, jax.random.normal(key_noise, action.shape), time)
-        params = AepoParams(new_behaviour.params, values, state.average)
-        noise = model.noise(params, batch.observation, noisy, time)
-        mean = _vp.predicted_action(noisy, noise, time)
-        moments = _analytic.update_moments(
-            state.moments, action, noise, mean, time, rate=config.moment_rate
-        )
-
-        level = critics.value(values, normal.observation)
-        advantage = critics.q(values, normal.observation, action) - level
-        rate = jnp.maximum(config.moment_rate, 1.0 / (state.step + 1.0))
-        square = state.advantage_square + rate * (
-            jnp.mean(jnp.square(advantage)) - state.advantage_square
-        )
-        unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
-        target = _target(
-            config,
-            lambda point: critics.q(values, normal.observation, point),
-            level,
-            action if config.expand_at == "data" else mean,
-            mean,
-            _analytic.variance_at(moments, time),
-            config.inverse_temperature / unit,
-        )
-        new_energy, of_energy = energy_step(state, noisy, time, normal, target)
-        new_state = state._replace(
-            behaviour=new_behaviour,
-            critics=new_critics,
-            moments=moments,
-            advantage_square=square,
-            **new_energy,
-        )
-        return new_state, {
-            **metrics,
-            **of_energy,
-            "behaviour_loss": learned["loss"],
-            "advantage_rms": jnp.sqrt(square),
-        }
-
-    act = guided_act(
-        model,
-        spec.action_size,
-        num_steps=config.behaviour.num_steps,
-        scale=config.guidance.scale,
-        rescale=config.guidance.rescale,
-        bound=config.behaviour.bound,
-    )
+    act = tilted_act(parts.model, config.behaviour, config.guidance, spec)
     return Policy(init, update, act, None)
 
 
+class _Parts(NamedTuple):
+    """What `aepo` is made of."""
+
+    behaviour: Policy
+    critics: IqlCritics
+    model: GuidedDiffusion
+
+
+def _update(
+    config: AepoConfig,
+    parts: _Parts,
+    key: jax.Array,
+    state: AepoState,
+    batch: Transition,
+) -> tuple[AepoState, Metrics]:
+    """One step of every part, each on what the parts before it have become."""
+    key_behaviour, key_critics, key_time, key_noise = jax.random.split(key, 4)
+    behaviour, learned = parts.behaviour.update(key_behaviour, state.behaviour, batch)
+    normal = normalized(behaviour.params.normalizer, batch)
+    critics, metrics = parts.critics.update(key_critics, state.critics, normal)
+
+    action = batch.action
+    time = draw_times(key_time, action.shape[:-1], config.behaviour.min_time)
+    noisy = _vp.diffuse(action, jax.random.normal(key_noise, action.shape), time)
+    params = AepoParams(behaviour.params, critics.params, state.average)
+    noise = parts.model.noise(params, batch.observation, noisy, time)
+    mean = _vp.predicted_action(noisy, noise, time)
+    moments = _analytic.update_moments(
+        state.moments, action, noise, mean, time, rate=config.moment_rate
+    )
+    square, target = _target(
+        config,
+        parts.critics,
+        critics.params,
+        state,
+        normal,
+        mean,
+        _analytic.variance_at(moments, time),
+    )
+    network = energy_network(config.guidance)
+
+    def objective(weights: Params) -> jax.Array:
+        found = network.apply(weights, noisy, time, normal.observation)
+        return jnp.mean(jnp.square(found - target))
+
+    guidance = GuidanceState(state.energy, state.average, state.optimizer)
+    guidance, loss = guidance_step(config.guidance, objective, guidance, state.step)
+    new_state = AepoState(behaviour, critics, *guidance, moments, square)
+    return new_state, {
+        **metrics,
+        "energy_loss": loss,
+        "energy_std": jnp.std(target),
+        "behaviour_loss": learned["loss"],
+        "advantage_rms": jnp.sqrt(square),
+    }
+
+
 def _target(
+    config: AepoConfig,
+    critics: IqlCritics,
+    values: Any,
+    state: AepoState,
+    normal: Transition,
+    mean: Float[Array, "row act"],
+    variance: Float[Array, "row"],
+) -> tuple[Float[Array, ""], Float[Array, "row"]]:
+    """The mean square of the advantage so far, and ``E_t`` of each row in its units."""
+    observation, action = normal.observation, normal.action
+    level = critics.value(values, observation)
+    advantage = critics.q(values, observation, action) - level
+    square = running_mean(
+        state.advantage_square,
+        jnp.mean(jnp.square(advantage)),
+        state.step,
+        config.moment_rate,
+    )
+    unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
+    energy = _energy(
+        config,
+        lambda point: critics.q(values, observation, point),
+        level,
+        action if config.expand_at == "data" else mean,
+        mean,
+        variance,
+        config.inverse_temperature / unit,
+    )
+    return square, jax.lax.stop_gradient(energy)
+
+
+def _energy(
     config: AepoConfig,
     q: Any,
     value: jax.Array,
@@ -297,19 +312,17 @@ def _target(
     at, slope = q(point) - value, slope_of(point)
     offset, beta = mean - point, jnp.asarray(inverse_temperature)
     if config.expansion == "gradient":
-        energy = _analytic.first_order_energy(
+        return _analytic.first_order_energy(
             at, slope, offset, variance, inverse_temperature=beta
         )
-    else:
-        # Rows do not mix in q, so one tangent per dimension gives all rows' Hessians.
-        basis = jnp.eye(point.shape[-1])
-        columns = jax.vmap(
-            lambda tangent: jax.jvp(
-                slope_of, (point,), (jnp.broadcast_to(tangent, point.shape),)
-            )[1]
-        )(basis)
-        hessian = jnp.moveaxis(columns, 0, -1)
-        energy = _analytic.second_order_energy(
-            at, slope, hessian, offset, variance, inverse_temperature=beta
-        )
-    return jax.lax.stop_gradient(energy)
+    # Rows do not mix in q, so one tangent per dimension gives all rows' Hessians.
+    basis = jnp.eye(point.shape[-1])
+    columns = jax.vmap(
+        lambda tangent: jax.jvp(
+            slope_of, (point,), (jnp.broadcast_to(tangent, point.shape),)
+        )[1]
+    )(basis)
+    hessian = jnp.moveaxis(columns, 0, -1)
+    return _analytic.second_order_energy(
+        at, slope, hessian, offset, variance, inverse_temperature=beta
+    )

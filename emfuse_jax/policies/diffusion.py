@@ -21,7 +21,7 @@ References:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,18 @@ from emfuse_jax.data import normalizer as normalization
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.nets.denoiser import DenoiserConfig, denoiser
 from emfuse_jax.policies import _vp
+from emfuse_jax.policies._learning import (
+    decayed_adam,
+    gradient_step,
+    moving_average,
+)
+from emfuse_jax.policies._settings import (
+    at_least,
+    decays,
+    positive,
+    rates,
+    require_key,
+)
 from emfuse_jax.policies._vp import NoiseFn
 
 
@@ -77,23 +89,13 @@ class DiffusionConfig:
             raise ValueError(
                 f"prediction={self.prediction!r}; expected 'velocity' or 'noise'"
             )
-        if self.num_steps < 1:
-            raise ValueError(
-                f"num_steps={self.num_steps}; expected at least 1 step (15 is usual)"
-            )
+        at_least(self, 1, "num_steps")
+        positive(self, "learning_rate", "bound")
+        decays(self, "decay_steps")
+        rates(self, "average_rate")
         if not 0.0 < self.min_time < 1.0:
             raise ValueError(
                 f"min_time={self.min_time}; expected a time in (0, 1), such as 1e-3"
-            )
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(
-                f"decay_steps={self.decay_steps}; expected at least 1, or None for a "
-                "constant rate"
-            )
-        if not 0.0 < self.average_rate <= 1.0:
-            raise ValueError(
-                f"average_rate={self.average_rate}; expected a rate in (0, 1]; 1 acts "
-                "with the last weights"
             )
 
 
@@ -152,11 +154,7 @@ def guided_noise(
         >>> f"{float(pushed[0, 0]):.1f}"
         '3.0'
     """
-    if not scale >= 0.0:
-        raise ValueError(
-            f"guidance scale={scale}; expected 0 or more. Energies are low where actions "
-            "are good, so a negative scale would seek bad ones: flip the energy's sign"
-        )
+    check_scale(scale)
 
     def guided(noisy_action: jax.Array, time: jax.Array) -> jax.Array:
         noise = noise_fn(noisy_action, time)
@@ -172,6 +170,23 @@ def guided_noise(
         return total
 
     return guided
+
+
+def check_scale(scale: float) -> None:
+    """Refuses a guidance scale below 0.
+
+    Example:
+        >>> check_scale(1.5)
+        >>> check_scale(-1.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: guidance scale=-1.0; expected 0 or more. Energies are low ...
+    """
+    if not scale >= 0.0:
+        raise ValueError(
+            f"guidance scale={scale}; expected 0 or more. Energies are low where actions "
+            "are good, so a negative scale would seek bad ones: flip the energy's sign"
+        )
 
 
 def guided_act(
@@ -209,9 +224,7 @@ def guided_act(
         >>> jax.eval_shape(act, (), jax.random.key(0), jnp.zeros((7, 11))).shape
         (7, 1)
     """
-    guided_noise(
-        lambda x, _: x, lambda x, _: x, scale=scale
-    )  # refuses here, not in act
+    check_scale(scale)  # here, not when acting
     if num_steps < 1:
         raise ValueError(
             f"num_steps={num_steps}; expected at least 1 step (15 is usual)"
@@ -225,15 +238,9 @@ def guided_act(
         *,
         deterministic: bool = False,
     ) -> jax.Array:
-        shape = (*observation.shape[:-1], action_size)
-        if deterministic:
-            start = jnp.zeros(shape)
-        elif key is None:
-            raise ValueError(
-                "act(key=None) samples nothing; pass a key or deterministic=True"
-            )
-        else:
-            start = jax.random.normal(key, shape)
+        start = jnp.zeros((*observation.shape[:-1], action_size))
+        if not deterministic:
+            start = jax.random.normal(require_key(key), start.shape)
         noise_fn = guided_noise(
             lambda x, time: model.noise(params, observation, x, time),
             lambda x, time: model.guidance(params, observation, x, time),
@@ -372,16 +379,16 @@ def diffusion(
         noisy_action = _vp.diffuse(action, noise, time)
         normal = normalization.apply(state.params.normalizer, batch.observation)
 
-        def objective(params: Params) -> jax.Array:
+        def objective(params: Params) -> tuple[jax.Array, None]:
             output = network.apply(params, noisy_action, time, normal)
             loss = denoising_loss(
                 output, action, noise, time, prediction=config.prediction
             )
-            return jnp.mean(loss)
+            return jnp.mean(loss), None
 
-        loss, gradient = jax.value_and_grad(objective)(state.denoiser)
-        updates, new_optimizer = optimizer.update(gradient, state.optimizer)
-        weights = optax.apply_updates(state.denoiser, updates)
+        weights, new_optimizer, loss, _ = gradient_step(
+            optimizer, objective, state.denoiser, state.optimizer
+        )
         average = moving_average(
             weights, state.params.denoiser, state.step, config.average_rate
         )
@@ -398,33 +405,3 @@ def diffusion(
         bound=config.bound,
     )
     return Policy(init, update, act, None)
-
-
-def decayed_adam(
-    learning_rate: float, decay_steps: int | None
-) -> optax.GradientTransformation:
-    """Adam, its rate annealed to 0 along a cosine unless ``decay_steps`` is None.
-
-    Example:
-        >>> optimizer = decayed_adam(1e-3, decay_steps=1000)
-        >>> jax.eval_shape(optimizer.init, jnp.zeros(3))[0].mu.shape
-        (3,)
-    """
-    rate: Any = learning_rate
-    if decay_steps is not None:
-        rate = optax.cosine_decay_schedule(rate, decay_steps)
-    return optax.adam(rate)
-
-
-def moving_average(
-    weights: Params, average: Params, step: jax.Array, rate: float
-) -> Params:
-    """The mean of all weights so far, until that would forget slower than ``rate``.
-
-    Example:
-        >>> average = moving_average(jnp.array(3.0), jnp.array(1.0), jnp.array(1), rate=0.005)
-        >>> float(average)  # the mean of the first two
-        2.0
-    """
-    share: Any = jnp.maximum(rate, 1.0 / (step + 1.0))
-    return optax.incremental_update(weights, average, share)

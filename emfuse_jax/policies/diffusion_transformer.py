@@ -12,6 +12,7 @@ import dataclasses
 
 from emfuse_jax.base import Policy, SpaceSpec
 from emfuse_jax.nets.transformer import TransformerConfig, transformer_denoiser
+from emfuse_jax.policies._settings import at_least
 from emfuse_jax.policies.diffusion import DiffusionConfig, diffusion
 
 __all__ = ["DiffusionTransformerConfig", "diffusion_transformer"]
@@ -32,6 +33,9 @@ class DiffusionTransformerConfig:
     num_frames: int = 1
     horizon: int = 1
     diffusion: DiffusionConfig = DiffusionConfig()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_frames", "horizon")
 
 
 def diffusion_transformer(

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from emfuse_jax import distributions
 from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
-from emfuse_jax.nets.critic import gaussian_actor, q_ensemble
+from emfuse_jax.nets.critic import q_ensemble
 from emfuse_jax.nets.mlp import mlp
+from emfuse_jax.policies._learning import decayed_adam, gradient_step
+from emfuse_jax.policies._settings import decays, discounts, positive, rates
+from emfuse_jax.policies._tanh_actor import of_actor, tanh_actor
 from emfuse_jax.policies.sac import critic_loss, critic_target
 
 
@@ -34,7 +36,7 @@ def _check_expectile(expectile: float) -> None:
 
 
 def _check_temperature(inverse_temperature: float, max_weight: float) -> None:
-    if inverse_temperature < 0.0:
+    if not inverse_temperature >= 0.0:
         raise ValueError(
             f"inverse_temperature={inverse_temperature}; expected 0 (cloning) or more: "
             "a negative one prefers the worse actions"
@@ -67,13 +69,9 @@ class IqlCriticsConfig:
 
     def __post_init__(self) -> None:
         _check_expectile(self.expectile)
-        if not 0.0 <= self.discount <= 1.0:
-            raise ValueError(f"discount={self.discount}; expected a number in [0, 1]")
-        if not 0.0 < self.target_update_rate <= 1.0:
-            raise ValueError(
-                f"target_update_rate={self.target_update_rate}; expected a number in "
-                "(0, 1]"
-            )
+        discounts(self)
+        rates(self, "target_update_rate")
+        positive(self, "learning_rate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +99,8 @@ class IqlConfig:
 
     def __post_init__(self) -> None:
         _check_temperature(self.inverse_temperature, self.max_weight)
+        positive(self, "learning_rate")
+        decays(self, "decay_steps")
 
 
 class IqlCriticParams(NamedTuple):
@@ -220,10 +220,17 @@ def iql_critics(config: IqlCriticsConfig, spec: SpaceSpec) -> IqlCritics:
     Args:
         config: see `IqlCriticsConfig`.
         spec: sizes of the spaces.
+
+    Example:
+        >>> critics = iql_critics(IqlCriticsConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(critics.init, jax.random.key(0))
+        >>> value = jax.eval_shape(critics.value, state.params, jnp.zeros((7, 11)))
+        >>> value.shape
+        (7,)
     """
     critic = q_ensemble(config.num_critics, config.hidden_sizes)
     value_net = mlp(1, config.hidden_sizes)
-    optimizer = optax.adam(config.learning_rate)
+    optimizer = decayed_adam(config.learning_rate)
 
     def init(key: jax.Array) -> IqlCriticsState:
         key_q, key_value = jax.random.split(key)
@@ -238,63 +245,86 @@ def iql_critics(config: IqlCriticsConfig, spec: SpaceSpec) -> IqlCritics:
             step=jnp.zeros((), jnp.int32),
         )
 
+    def values(params: Params, observation: Any) -> jax.Array:
+        return value_net.apply(params, observation)[..., 0]
+
     def q(params: IqlCriticParams, observation: Any, action: Any) -> jax.Array:
         return jnp.min(critic.apply(params.target_q, observation, action), axis=0)
 
     def value(params: IqlCriticParams, observation: Any) -> jax.Array:
-        return value_net.apply(params.value, observation)[..., 0]
+        return values(params.value, observation)
+
+    parts = _CriticParts(critic.apply, values, optimizer)
 
     def update(
         key: jax.Array, state: IqlCriticsState, batch: Transition
     ) -> tuple[IqlCriticsState, Metrics]:
         del key
-        params = state.params
-        best = q(params, batch.observation, batch.action)
-
-        def value_objective(value_params: Params) -> tuple[jax.Array, jax.Array]:
-            found = value_net.apply(value_params, batch.observation)[..., 0]
-            loss = expectile_loss(found, best, expectile=config.expectile)
-            return jnp.mean(loss), found
-
-        (value_loss, found), gradient = jax.value_and_grad(
-            value_objective, has_aux=True
-        )(params.value)
-        change, value_optimizer = optimizer.update(gradient, state.value_optimizer)
-        new_value = optax.apply_updates(params.value, change)
-        target = critic_target(
-            batch.reward,
-            batch.terminated,
-            value_net.apply(new_value, batch.next_observation)[..., 0][None],
-            jnp.zeros_like(batch.reward),
-            temperature=0.0,
-            discount=config.discount,
-        )
-
-        def q_objective(q_params: Params) -> jax.Array:
-            every = critic.apply(q_params, batch.observation, batch.action)
-            return jnp.mean(critic_loss(every, target))
-
-        q_loss, gradient = jax.value_and_grad(q_objective)(params.q)
-        change, q_optimizer = optimizer.update(gradient, state.q_optimizer)
-        new_q = optax.apply_updates(params.q, change)
-        new_target = optax.incremental_update(
-            new_q, params.target_q, config.target_update_rate
-        )
-        new = IqlCriticsState(
-            IqlCriticParams(new_q, new_target, new_value),
-            q_optimizer,
-            value_optimizer,
-            state.step + 1,
-        )
-        return new, {
-            "value_loss": value_loss,
-            "critic_loss": q_loss,
-            "value_mean": jnp.mean(found),
-            "q_mean": jnp.mean(best),
-            "advantage_std": jnp.std(best - found),
-        }
+        best = q(state.params, batch.observation, batch.action)
+        return _update_critics(config, parts, best, state, batch)
 
     return IqlCritics(init, update, q, value)
+
+
+class _CriticParts(NamedTuple):
+    """``every(params, observation, action) -> [model, *batch]``; ``values(params,
+    observation) -> [*batch]``."""
+
+    every: Callable[..., jax.Array]
+    values: Callable[..., jax.Array]
+    optimizer: optax.GradientTransformation
+
+
+def _update_critics(
+    config: IqlCriticsConfig,
+    parts: _CriticParts,
+    best: Float[Array, "*batch"],
+    state: IqlCriticsState,
+    batch: Transition,
+) -> tuple[IqlCriticsState, Metrics]:
+    """The value towards an expectile of ``best``, then the critics towards the value."""
+    params = state.params
+
+    def value_objective(value: Params) -> tuple[jax.Array, jax.Array]:
+        found = parts.values(value, batch.observation)
+        loss = expectile_loss(found, best, expectile=config.expectile)
+        return jnp.mean(loss), found
+
+    new_value, value_optimizer, value_loss, found = gradient_step(
+        parts.optimizer, value_objective, params.value, state.value_optimizer
+    )
+    target = critic_target(
+        batch.reward,
+        batch.terminated,
+        parts.values(new_value, batch.next_observation)[None],
+        jnp.zeros_like(batch.reward),
+        temperature=0.0,
+        discount=config.discount,
+    )
+
+    def q_objective(q: Params) -> tuple[jax.Array, None]:
+        every = parts.every(q, batch.observation, batch.action)
+        return jnp.mean(critic_loss(every, target)), None
+
+    new_q, q_optimizer, q_loss, _ = gradient_step(
+        parts.optimizer, q_objective, params.q, state.q_optimizer
+    )
+    new_target = optax.incremental_update(
+        new_q, params.target_q, config.target_update_rate
+    )
+    new = IqlCriticsState(
+        IqlCriticParams(new_q, new_target, new_value),
+        q_optimizer,
+        value_optimizer,
+        state.step + 1,
+    )
+    return new, {
+        "value_loss": value_loss,
+        "critic_loss": q_loss,
+        "value_mean": jnp.mean(found),
+        "q_mean": jnp.mean(best),
+        "advantage_std": jnp.std(best - found),
+    }
 
 
 def iql(config: IqlConfig, spec: SpaceSpec) -> Policy:
@@ -306,24 +336,24 @@ def iql(config: IqlConfig, spec: SpaceSpec) -> Policy:
     Args:
         config: see `IqlConfig`.
         spec: sizes of the spaces; actions live in [−1, 1].
+
+    Example:
+        >>> policy = iql(IqlConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> action = jax.eval_shape(policy.act, state.params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> action.shape
+        (7, 3)
     """
     critics = iql_critics(config.critics, spec)
-    actor = gaussian_actor(
+    actor = tanh_actor(
         spec.action_size, config.hidden_sizes, log_std_bounds=config.log_std_bounds
     )
-    rate: Any = config.learning_rate
-    if config.decay_steps is not None:
-        rate = optax.cosine_decay_schedule(rate, config.decay_steps)
-    optimizer = optax.adam(rate)
+    optimizer = decayed_adam(config.learning_rate, config.decay_steps)
 
     def init(key: jax.Array) -> IqlState:
         key_actor, key_critics = jax.random.split(key)
         params = actor.init(key_actor, jnp.zeros(spec.observation_size))
         return IqlState(params, optimizer.init(params), critics.init(key_critics))
-
-    def log_prob(params: Params, observation: Any, action: Any) -> jax.Array:
-        mean, log_std = actor.apply(params, observation)
-        return distributions.log_prob(mean, log_std, action)
 
     def update(
         key: jax.Array, state: IqlState, batch: Transition
@@ -339,34 +369,14 @@ def iql(config: IqlConfig, spec: SpaceSpec) -> Policy:
             max_weight=config.max_weight,
         )
 
-        def objective(params: Params) -> jax.Array:
-            return jnp.mean(-weight * log_prob(params, batch.observation, batch.action))
+        def objective(params: Params) -> tuple[jax.Array, None]:
+            energy = actor.energy(params, batch.observation, batch.action)
+            return jnp.mean(weight * energy), None
 
-        loss, gradient = jax.value_and_grad(objective)(state.actor)
-        change, new = optimizer.update(gradient, state.actor_optimizer)
-        actor_params = optax.apply_updates(state.actor, change)
+        params, new, loss, _ = gradient_step(
+            optimizer, objective, state.actor, state.actor_optimizer
+        )
         metrics = {**metrics, "actor_loss": loss, "weight_mean": jnp.mean(weight)}
-        return IqlState(actor_params, new, learned), metrics
+        return IqlState(params, new, learned), metrics
 
-    def act(
-        params: IqlParams,
-        key: jax.Array | None,
-        observation: jax.Array,
-        *,
-        deterministic: bool = False,
-    ) -> jax.Array:
-        mean, log_std = actor.apply(params.actor, observation)
-        if deterministic:
-            return distributions.mode(mean)
-        if key is None:
-            raise ValueError(
-                "act(key=None) samples nothing; pass a key or deterministic=True"
-            )
-        return distributions.sample_and_log_prob(key, mean, log_std)[0]
-
-    def energy(
-        params: IqlParams, observation: jax.Array, action: jax.Array
-    ) -> jax.Array:
-        return -log_prob(params.actor, observation, action)
-
-    return Policy(init, update, act, energy)
+    return Policy(init, update, *of_actor(actor))

@@ -23,33 +23,67 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from emfuse_jax.base import Metrics, Network, Params, Policy, SpaceSpec, Transition
+from emfuse_jax.base import (
+    ActFn,
+    Buffer,
+    Metrics,
+    Network,
+    Params,
+    Policy,
+    SpaceSpec,
+    Transition,
+)
 from emfuse_jax.data.buffer import ring_buffer
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.nets.critic import q_ensemble
 from emfuse_jax.policies import _vp
 from emfuse_jax.policies._guidance import (
     GuidanceConfig,
+    GuidanceState,
     energy_network,
+    guidance_step,
+    init_guidance,
     normalized,
+    tilted_act,
     tilted_model,
 )
+from emfuse_jax.policies._learning import decayed_adam, gradient_step, running_mean
+from emfuse_jax.policies._qgpo_losses import (
+    LOSSES,
+    contrastive_energy_loss,
+    regression_energy_loss,
+    split_energy_loss,
+    support_value,
+)
+from emfuse_jax.policies._settings import at_least, discounts, positive, rates
 from emfuse_jax.policies.diffusion import (
     DiffusionConfig,
     DiffusionParams,
     DiffusionState,
     GuidedDiffusion,
-    decayed_adam,
     diffusion,
     diffusion_model,
     draw_times,
     guided_act,
-    moving_average,
 )
+from emfuse_jax.policies.online import example_transition
 from emfuse_jax.policies.sac import critic_loss, critic_target
+
+__all__ = [
+    "GuidanceConfig",
+    "QgpoConfig",
+    "QgpoParams",
+    "QgpoState",
+    "Supported",
+    "contrastive_energy_loss",
+    "qgpo",
+    "qgpo_model",
+    "regression_energy_loss",
+    "split_energy_loss",
+    "support_value",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +136,8 @@ class QgpoConfig:
     moment_rate: float = 0.003
 
     def __post_init__(self) -> None:
-        if self.loss not in _LOSSES:
-            raise ValueError(f"loss={self.loss!r}; expected one of {tuple(_LOSSES)}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r}; expected one of {tuple(LOSSES)}")
         for name in ("inverse_temperature", "target_inverse_temperature"):
             value = getattr(self, name)
             if value is not None and not value >= 0.0:
@@ -116,25 +150,15 @@ class QgpoConfig:
                 f"num_support={self.num_support}; expected at least 4 actions per state: "
                 "few cannot be ranked"
             )
-        for name in ("support_rows", "support_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        at_least(self, 1, "support_rows", "support_steps", "batch_size")
         if self.capacity < self.support_rows:
             raise ValueError(
                 f"capacity={self.capacity} holds fewer states than one update adds; "
                 f"expected at least support_rows={self.support_rows}"
             )
-        if not 0.0 <= self.discount <= 1.0:
-            raise ValueError(f"discount={self.discount}; expected a number in [0, 1]")
-        for name in ("target_update_rate", "moment_rate"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}; expected a rate in (0, 1]"
-                )
-        if not self.reward_scale > 0.0:
-            raise ValueError(
-                f"reward_scale={self.reward_scale}; expected a positive factor"
-            )
+        discounts(self)
+        rates(self, "target_update_rate", "moment_rate")
+        positive(self, "learning_rate", "reward_scale")
 
 
 class Supported(NamedTuple):
@@ -177,106 +201,6 @@ class QgpoState(NamedTuple):
         return self.behaviour.step
 
 
-def contrastive_energy_loss(
-    energy: Float[Array, "*batch action"], value: Float[Array, "*batch action"]
-) -> Float[Array, "*batch"]:
-    """``-Σ_i softmax_i(βQ) log softmax_i(-E_t(a_t^i))``, equation 11.
-
-    All actions of a row are draws of one behaviour, noised to one time. With infinitely many
-    of them the optimum is ``E_t = -log E[exp(βQ)|a_t]`` up to a constant of state and time;
-    with few the best actions count too little, because they stand in their own
-    normaliser (see `split_energy_loss`).
-
-    Args:
-        energy: ``E_t`` of the noised actions; low is good.
-        value: ``βQ`` of the clean ones.
-
-    Example:
-        >>> value = jnp.log(jnp.array([1.0, 3.0]))
-        >>> loss = [contrastive_energy_loss(e * value, value) for e in (-1.0, 0.0)]
-        >>> [f"{x:.3f}" for x in loss]  # the entropy of (1/4, 3/4), then log 2
-        ['0.562', '0.693']
-    """
-    weight = jax.nn.softmax(value, axis=-1)
-    return -jnp.sum(weight * jax.nn.log_softmax(-energy, axis=-1), axis=-1)
-
-
-def split_energy_loss(
-    energy: Float[Array, "*batch action"],
-    value: Float[Array, "*batch action"],
-    *,
-    max_weight: float = 100.0,
-) -> Float[Array, "*batch"]:
-    """As `contrastive_energy_loss`, exact for any number of actions.
-
-    Each half of the actions is ranked by ``exp(βQ_i)`` over the mean of ``exp(βQ)`` in the
-    *other* half. That normaliser is independent of what it weighs, so the loss is
-    InfoNCE with positives from ``μ exp(βQ)/Z`` and negatives from ``μ``, whose optimum is
-    the log-ratio of the two whatever their number.
-
-    Args:
-        energy: ``E_t`` of the noised actions.
-        value: ``βQ`` of the clean ones.
-        max_weight: bound of a weight, where the other half has no good action at all.
-
-    Example:
-        >>> value = jnp.array([[4.0, 0.0, 4.0, 0.0]])
-        >>> right = split_energy_loss(-value, value)  # low energies where values are high
-        >>> wrong = split_energy_loss(value, value)
-        >>> bool(right[0] < wrong[0])
-        True
-    """
-    half = value.shape[-1] // 2
-    losses = []
-    for own, other in (
-        (slice(None, half), slice(half, None)),
-        (slice(half, None), slice(None, half)),
-    ):
-        rest = value[..., other]
-        level = jax.nn.logsumexp(rest, axis=-1, keepdims=True) - jnp.log(rest.shape[-1])
-        weight = jnp.exp(jnp.minimum(value[..., own] - level, jnp.log(max_weight)))
-        ranked = jax.nn.log_softmax(-energy[..., own], axis=-1)
-        losses.append(-jnp.mean(weight * ranked, axis=-1))
-    return 0.5 * (losses[0] + losses[1])
-
-
-def regression_energy_loss(
-    energy: Float[Array, "*batch action"], value: Float[Array, "*batch action"]
-) -> Float[Array, "*batch"]:
-    """Mean of ``(E_t + βQ)²``: learns ``E[βQ|a_t]``, a lower bound of ``-E_t``. Biased.
-
-    The mean of the row's other actions is taken out of ``βQ``; it guides nowhere.
-
-    Example:
-        >>> value = jnp.array([[1.0, 3.0]])
-        >>> regression_energy_loss(jnp.array([[2.0, -2.0]]), value).tolist()  # others: 3 and 1
-        [0.0]
-    """
-    total = jnp.sum(value, axis=-1, keepdims=True)
-    others = (total - value) / (value.shape[-1] - 1)
-    return jnp.mean(jnp.square(energy + value - others), axis=-1)
-
-
-_LOSSES = {
-    "contrastive": contrastive_energy_loss,
-    "split": split_energy_loss,
-    "regression": regression_energy_loss,
-}
-
-
-def support_value(
-    value: Float[Array, "*batch action"], *, inverse_temperature: ArrayLike
-) -> Float[Array, "*batch"]:
-    """``Σ_i softmax_i(β Q_i) Q_i``: the value of the tilted policy on its support.
-
-    Example:
-        >>> float(support_value(jnp.array([1.0, 3.0]), inverse_temperature=0.0))
-        2.0
-    """
-    weight = jax.nn.softmax(inverse_temperature * value, axis=-1)
-    return jnp.sum(weight * value, axis=-1)
-
-
 def qgpo_model(
     config: QgpoConfig, spec: SpaceSpec, *, network: Network | None = None
 ) -> GuidedDiffusion:
@@ -309,8 +233,8 @@ def qgpo(
         config: see `QgpoConfig`.
         spec: sizes of the spaces; actions live in [-1, 1] where the behaviour has a bound.
         network: of the behaviour, see `diffusion`.
-        value_fn: a known ``Q(observation, action) -> [*batch]`` in place of the critics,
-            which then do not train.
+        value_fn: a known ``Q(observation, action) -> [*batch]`` of raw observations, in
+            place of the critics, which then do not train.
 
     Returns:
         A `Policy` whose state is a `QgpoState`.
@@ -326,165 +250,189 @@ def qgpo(
         >>> action.shape
         (7, 3)
     """
-    behaviour = diffusion(config.behaviour, spec, network=network)
-    model = qgpo_model(config, spec, network=network)
-    draw = guided_act(
-        diffusion_model(config.behaviour, spec, network=network),
-        spec.action_size,
-        num_steps=config.support_steps,
-        scale=0.0,
-        bound=config.behaviour.bound,
+    parts = _Parts(
+        behaviour=diffusion(config.behaviour, spec, network=network),
+        draw=guided_act(
+            diffusion_model(config.behaviour, spec, network=network),
+            spec.action_size,
+            num_steps=config.support_steps,
+            scale=0.0,
+            bound=config.behaviour.bound,
+        ),
+        critic=q_ensemble(config.num_critics, config.hidden_sizes),
+        ring=ring_buffer(config.capacity, config.batch_size),
+        value_fn=value_fn,
     )
-    critic = q_ensemble(config.num_critics, config.hidden_sizes)
-    energy = energy_network(config.guidance)
-    critic_optimizer = optax.adam(config.learning_rate)
-    energy_optimizer = decayed_adam(
-        config.guidance.learning_rate, config.guidance.decay_steps
-    )
-    ring = ring_buffer(config.capacity, config.batch_size)
 
     def init(key: jax.Array, *, normalizer: Normalizer | None = None) -> QgpoState:
         key_behaviour, key_q, key_energy = jax.random.split(key, 3)
-        observation, action = (jnp.zeros(size) for size in spec)
-        q = critic.init(key_q, observation, action)
-        weights = energy.init(key_energy, action, jnp.zeros(()), observation)
+        q = parts.critic.init(key_q, *(jnp.zeros(size) for size in spec))
+        guidance = init_guidance(config.guidance, key_energy, spec)
         support = jnp.zeros((config.num_support, spec.action_size))
-        zero, false = jnp.zeros(()), jnp.zeros((), bool)
-        row = Transition(observation, action, zero, observation, false, false)
+        row = Supported(example_transition(spec), support, support)
         return QgpoState(
-            behaviour=behaviour.init(key_behaviour, normalizer=normalizer),
+            behaviour=parts.behaviour.init(key_behaviour, normalizer=normalizer),
             q=q,
             target_q=jax.tree.map(jnp.copy, q),
-            q_optimizer=critic_optimizer.init(q),
-            energy=weights,
-            average=jax.tree.map(jnp.copy, weights),
-            energy_optimizer=energy_optimizer.init(weights),
-            ring=ring.init(Supported(row, support, support)),
+            q_optimizer=decayed_adam(config.learning_rate).init(q),
+            energy=guidance.weights,
+            average=guidance.average,
+            energy_optimizer=guidance.optimizer,
+            ring=parts.ring.init(row),
             value_square=jnp.zeros(()),
         )
-
-    def values(q: Params, observation: jax.Array, action: jax.Array) -> jax.Array:
-        """The smallest critic's, of ``action [*batch, action, act]``."""
-        many = _repeated(observation, action)
-        if value_fn is not None:
-            return value_fn(many, action)
-        return jnp.min(critic.apply(q, many, action), axis=0)
-
-    def add_support(
-        key: jax.Array, params: DiffusionParams, batch: Transition
-    ) -> Supported:
-        rows = batch.observation.shape[0]
-        if rows < config.support_rows:
-            raise ValueError(
-                f"a batch of {rows} rows, support_rows={config.support_rows}; make the "
-                "batch larger or support_rows smaller"
-            )
-        first = jax.tree.map(lambda leaf: leaf[: config.support_rows], batch)
-        both = jnp.stack([first.observation, first.next_observation])
-        many = jnp.repeat(both[..., None, :], config.num_support, axis=-2)
-        now, following = draw(params, key, many)
-        return Supported(first, now, following)
-
-    def critic_step(
-        state: QgpoState, rows: Supported, unit: jax.Array | float
-    ) -> tuple[dict[str, Any], Metrics]:
-        """New critics, their targets and optimiser, as fields of the state."""
-        if value_fn is not None:
-            return {}, {}
-        step, bootstrap = rows.transition, config.target_inverse_temperature
-        bootstrap = config.inverse_temperature if bootstrap is None else bootstrap
-        next_value = support_value(
-            values(state.target_q, step.next_observation, rows.next_support),
-            inverse_temperature=bootstrap / unit,
-        )
-        target = critic_target(
-            config.reward_scale * step.reward,
-            step.terminated,
-            next_value[None],
-            jnp.zeros_like(next_value),
-            temperature=0.0,
-            discount=config.discount,
-        )
-
-        def objective(q: Params) -> jax.Array:
-            found = critic.apply(q, step.observation, step.action)
-            return jnp.mean(critic_loss(found, target))
-
-        loss, gradient = jax.value_and_grad(objective)(state.q)
-        change, optimizer = critic_optimizer.update(gradient, state.q_optimizer)
-        q = optax.apply_updates(state.q, change)
-        target_q = optax.incremental_update(
-            q, state.target_q, config.target_update_rate
-        )
-        new = {"q": q, "target_q": target_q, "q_optimizer": optimizer}
-        return new, {"critic_loss": loss, "target_mean": jnp.mean(target)}
-
-    def energy_step(
-        key: jax.Array, state: QgpoState, rows: Supported, value: jax.Array
-    ) -> tuple[dict[str, Any], Metrics]:
-        """New guidance for ``value = βQ`` of the support; one time per state."""
-        key_time, key_noise = jax.random.split(key)
-        time = draw_times(key_time, value.shape[:1], config.behaviour.min_time)
-        times = jnp.broadcast_to(time[:, None], value.shape)
-        noise = jax.random.normal(key_noise, rows.support.shape)
-        noisy = _vp.diffuse(rows.support, noise, times)
-        observation = _repeated(rows.transition.observation, noisy)
-
-        def objective(weights: Params) -> jax.Array:
-            found = energy.apply(weights, noisy, times, observation)
-            return jnp.mean(_LOSSES[config.loss](found, value))
-
-        loss, gradient = jax.value_and_grad(objective)(state.energy)
-        change, optimizer = energy_optimizer.update(gradient, state.energy_optimizer)
-        weights = optax.apply_updates(state.energy, change)
-        average = moving_average(
-            weights, state.average, state.step, config.guidance.average_rate
-        )
-        new = {"energy": weights, "average": average, "energy_optimizer": optimizer}
-        return new, {"energy_loss": loss}
 
     def update(
         key: jax.Array, state: QgpoState, batch: Transition
     ) -> tuple[QgpoState, Metrics]:
-        keys = jax.random.split(key, 4)
-        new_behaviour, learned = behaviour.update(keys[0], state.behaviour, batch)
-        params = new_behaviour.params
-        stored = ring.add(state.ring, add_support(keys[1], params, batch))
-        rows: Supported = ring.sample(keys[2], stored)
-        rows = rows._replace(transition=normalized(params.normalizer, rows.transition))
-        value = values(state.target_q, rows.transition.observation, rows.support)
-        rate = jnp.maximum(config.moment_rate, 1.0 / (state.step + 1.0))
-        square = state.value_square + rate * (
-            jnp.mean(jnp.var(value, axis=-1)) - state.value_square
-        )
-        unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
-        new_critics, of_critics = critic_step(state, rows, unit)
-        scaled = config.inverse_temperature * value / unit
-        new_energy, of_energy = energy_step(keys[3], state, rows, scaled)
-        new_state = state._replace(
-            behaviour=new_behaviour,
-            ring=stored,
-            value_square=square,
-            **new_critics,
-            **new_energy,
-        )
-        return new_state, {
-            "behaviour_loss": learned["loss"],
-            **of_critics,
-            **of_energy,
-            "value_mean": jnp.mean(value),
-            "value_spread": jnp.sqrt(square),
-        }
+        return _update(config, parts, key, state, batch)
 
-    act = guided_act(
-        model,
-        spec.action_size,
-        num_steps=config.behaviour.num_steps,
-        scale=config.guidance.scale,
-        rescale=config.guidance.rescale,
-        bound=config.behaviour.bound,
-    )
+    model = qgpo_model(config, spec, network=network)
+    act = tilted_act(model, config.behaviour, config.guidance, spec)
     return Policy(init, update, act, None)
+
+
+class _Parts(NamedTuple):
+    """What `qgpo` is made of; ``draw`` acts with the behaviour alone."""
+
+    behaviour: Policy
+    draw: ActFn
+    critic: Network
+    ring: Buffer
+    value_fn: Callable[[jax.Array, jax.Array], jax.Array] | None
+
+    def values(
+        self, q: Params, observation: jax.Array, action: jax.Array
+    ) -> Float[Array, "*batch action"]:
+        """The smallest critic's, of ``action [*batch, action, act]``."""
+        many = _repeated(observation, action)
+        return jnp.min(self.critic.apply(q, many, action), axis=0)
+
+
+def _update(
+    config: QgpoConfig,
+    parts: _Parts,
+    key: jax.Array,
+    state: QgpoState,
+    batch: Transition,
+) -> tuple[QgpoState, Metrics]:
+    """The behaviour on the batch, support for its first rows, the rest on the ring."""
+    key_behaviour, key_support, key_ring, key_energy = jax.random.split(key, 4)
+    behaviour, learned = parts.behaviour.update(key_behaviour, state.behaviour, batch)
+    params = behaviour.params
+    supported = _add_support(config, parts, key_support, params, batch)
+    ring = parts.ring.add(state.ring, supported)
+    raw: Supported = parts.ring.sample(key_ring, ring)
+    rows = raw._replace(transition=normalized(params.normalizer, raw.transition))
+    if parts.value_fn is None:
+        value = parts.values(state.target_q, rows.transition.observation, rows.support)
+    else:
+        observation = _repeated(raw.transition.observation, rows.support)
+        value = parts.value_fn(observation, rows.support)
+    square = running_mean(
+        state.value_square,
+        jnp.mean(jnp.var(value, axis=-1)),
+        state.step,
+        config.moment_rate,
+    )
+    unit = jnp.sqrt(jnp.maximum(square, 1e-12)) if config.normalize_values else 1.0
+    state = state._replace(ring=ring, value_square=square)
+    new, of_critics = _critic_step(config, parts, state, rows, unit)
+    scaled = config.inverse_temperature * value / unit
+    new, energy_loss = _energy_step(config, key_energy, new, rows, scaled)
+    return new._replace(behaviour=behaviour), {
+        "behaviour_loss": learned["loss"],
+        **of_critics,
+        "energy_loss": energy_loss,
+        "value_mean": jnp.mean(value),
+        "value_spread": jnp.sqrt(square),
+    }
+
+
+def _add_support(
+    config: QgpoConfig,
+    parts: _Parts,
+    key: jax.Array,
+    params: DiffusionParams,
+    batch: Transition,
+) -> Supported:
+    """The batch's first states with actions of the behaviour as it is."""
+    rows = batch.observation.shape[0]
+    if rows < config.support_rows:
+        raise ValueError(
+            f"a batch of {rows} rows, support_rows={config.support_rows}; make the "
+            "batch larger or support_rows smaller"
+        )
+    first = jax.tree.map(lambda leaf: leaf[: config.support_rows], batch)
+    both = jnp.stack([first.observation, first.next_observation])
+    many = jnp.repeat(both[..., None, :], config.num_support, axis=-2)
+    now, following = parts.draw(params, key, many)
+    return Supported(first, now, following)
+
+
+def _critic_step(
+    config: QgpoConfig,
+    parts: _Parts,
+    state: QgpoState,
+    rows: Supported,
+    unit: jax.Array | float,
+) -> tuple[QgpoState, Metrics]:
+    """New critics and targets; none where the value is known."""
+    if parts.value_fn is not None:
+        return state, {}
+    step, bootstrap = rows.transition, config.target_inverse_temperature
+    bootstrap = config.inverse_temperature if bootstrap is None else bootstrap
+    next_value = support_value(
+        parts.values(state.target_q, step.next_observation, rows.next_support),
+        inverse_temperature=bootstrap / unit,
+    )
+    target = critic_target(
+        config.reward_scale * step.reward,
+        step.terminated,
+        next_value[None],
+        jnp.zeros_like(next_value),
+        temperature=0.0,
+        discount=config.discount,
+    )
+
+    def objective(q: Params) -> tuple[jax.Array, None]:
+        found = parts.critic.apply(q, step.observation, step.action)
+        return jnp.mean(critic_loss(found, target)), None
+
+    q, optimizer, loss, _ = gradient_step(
+        decayed_adam(config.learning_rate), objective, state.q, state.q_optimizer
+    )
+    target_q = optax.incremental_update(q, state.target_q, config.target_update_rate)
+    new = state._replace(q=q, target_q=target_q, q_optimizer=optimizer)
+    return new, {"critic_loss": loss, "target_mean": jnp.mean(target)}
+
+
+def _energy_step(
+    config: QgpoConfig,
+    key: jax.Array,
+    state: QgpoState,
+    rows: Supported,
+    value: Float[Array, "row action"],
+) -> tuple[QgpoState, jax.Array]:
+    """New guidance for ``value = βQ`` of the support; one time per state."""
+    key_time, key_noise = jax.random.split(key)
+    time = draw_times(key_time, value.shape[:1], config.behaviour.min_time)
+    times = jnp.broadcast_to(time[:, None], value.shape)
+    noise = jax.random.normal(key_noise, rows.support.shape)
+    noisy = _vp.diffuse(rows.support, noise, times)
+    observation = _repeated(rows.transition.observation, noisy)
+    network = energy_network(config.guidance)
+
+    def objective(weights: Params) -> jax.Array:
+        found = network.apply(weights, noisy, times, observation)
+        return jnp.mean(LOSSES[config.loss](found, value))
+
+    old = GuidanceState(state.energy, state.average, state.energy_optimizer)
+    new, loss = guidance_step(config.guidance, objective, old, state.step)
+    state = state._replace(
+        energy=new.weights, average=new.average, energy_optimizer=new.optimizer
+    )
+    return state, loss
 
 
 def _repeated(observation: jax.Array, action: jax.Array) -> jax.Array:

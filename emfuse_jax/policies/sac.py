@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from emfuse_jax import distributions
 from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
-from emfuse_jax.nets.critic import gaussian_actor, q_ensemble
+from emfuse_jax.nets.critic import q_ensemble
+from emfuse_jax.policies._learning import decayed_adam, gradient_step
+from emfuse_jax.policies._settings import decays, discounts, positive, rates
+from emfuse_jax.policies._tanh_actor import of_actor, tanh_actor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,26 +66,31 @@ class SacConfig:
     dispersion: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.discount <= 1.0:
-            raise ValueError(f"discount={self.discount}; expected a number in [0, 1]")
-        if not 0.0 < self.target_update_rate <= 1.0:
-            raise ValueError(
-                f"target_update_rate={self.target_update_rate}; expected a number in "
-                "(0, 1]"
-            )
-        if self.dispersion < 0.0:
+        discounts(self)
+        rates(self, "target_update_rate")
+        decays(self, "actor_decay_steps")
+        positive(
+            self,
+            "actor_learning_rate",
+            "critic_learning_rate",
+            "temperature_learning_rate",
+            "init_temperature",
+            "max_temperature",
+        )
+        if not self.dispersion >= 0.0:
             raise ValueError(
                 f"dispersion={self.dispersion}; expected 0 or more: a negative one would "
                 "reward what the model does not know"
             )
-        for name in ("init_temperature", "max_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0.0:
-                raise ValueError(f"{name}={value}; expected a positive temperature")
-        if self.fixed_temperature is not None and self.fixed_temperature < 0.0:
+        if self.fixed_temperature is not None and not self.fixed_temperature >= 0.0:
             raise ValueError(
                 f"fixed_temperature={self.fixed_temperature}; expected 0 or more, or "
                 "None to learn it"
+            )
+        if self.target_entropy is not None and not math.isfinite(self.target_entropy):
+            raise ValueError(
+                f"target_entropy={self.target_entropy}; expected a number of nats, or "
+                "None for minus the action size"
             )
 
 
@@ -152,7 +159,12 @@ def critic_target(
 def critic_loss(
     q: Float[Array, "model *batch"], target: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """``Σ_i (Q_i − y)²``: every critic regresses on the same target, without the ½."""
+    """``Σ_i (Q_i − y)²``: every critic regresses on the same target, without the ½.
+
+    Example:
+        >>> critic_loss(jnp.array([[1.0], [3.0]]), jnp.array([2.0])).tolist()
+        [2.0]
+    """
     return jnp.sum(jnp.square(q - jax.lax.stop_gradient(target)[None]), axis=0)
 
 
@@ -162,7 +174,13 @@ def actor_loss(
     *,
     temperature: float | jax.Array,
 ) -> Float[Array, "*batch"]:
-    """``α log π(a|s) − min_i Q_i(s, a)`` for a reparameterised ``a`` (equation 7)."""
+    """``α log π(a|s) − min_i Q_i(s, a)`` for a reparameterised ``a`` (equation 7).
+
+    Example:
+        >>> q = jnp.array([[1.0], [3.0]])  # [model, batch]: the more pessimistic counts
+        >>> actor_loss(q, jnp.array([2.0]), temperature=0.5).tolist()
+        [0.0]
+    """
     return jax.lax.stop_gradient(temperature) * log_prob - jnp.min(q, axis=0)
 
 
@@ -176,6 +194,13 @@ def temperature_loss(
 
     This is equation 18 with α replaced by log α, as every published implementation
     does: the fixed point is the same and steps do not shrink with α.
+
+    Example:
+        >>> gradient = jax.grad(
+        ...     lambda x: temperature_loss(x, jnp.array([1.0]), target_entropy=-1.0).sum()
+        ... )
+        >>> abs(float(gradient(jnp.array(0.0))))  # an entropy of -1 is the target
+        0.0
     """
     return -log_temperature * jax.lax.stop_gradient(log_prob + target_entropy)
 
@@ -207,12 +232,23 @@ def sac(
 
     Returns:
         A `Policy` whose state is a `SacState`.
+
+    Example:
+        >>> policy = sac(SacConfig(), SpaceSpec(observation_size=11, action_size=3))
+        >>> state = jax.eval_shape(policy.init, jax.random.key(0))
+        >>> action = jax.eval_shape(policy.act, state.params, jax.random.key(0), jnp.zeros((7, 11)))
+        >>> action.shape
+        (7, 3)
     """
-    actor = gaussian_actor(
+    actor = tanh_actor(
         spec.action_size, config.hidden_sizes, log_std_bounds=config.log_std_bounds
     )
     critic = q_ensemble(config.num_critics, config.hidden_sizes)
-    optimizers = _optimizers(config)
+    optimizers = SacParts(
+        actor=decayed_adam(config.actor_learning_rate, config.actor_decay_steps),
+        critic=decayed_adam(config.critic_learning_rate),
+        log_temperature=decayed_adam(config.temperature_learning_rate),
+    )
 
     def init(key: jax.Array) -> SacState:
         key_actor, key_critic = jax.random.split(key)
@@ -237,79 +273,97 @@ def sac(
         )
 
     def sample(
-        actor_params: Params, key: jax.Array, observation: jax.Array
+        params: Params, prior: Params, key: jax.Array, observation: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        return distributions.sample_and_log_prob(
-            key, *actor.apply(actor_params, observation)
-        )
+        action, log_prob = actor.sample(params, key, observation)
+        if prior_energy is not None:
+            log_prob = log_prob + prior_energy(prior, observation, action)
+        return action, log_prob
+
+    # `is None`, not truth: an honest 0 is a target.
+    entropy = config.target_entropy
+    entropy = -float(spec.action_size) if entropy is None else entropy
+    parts = _Parts(sample, critic.apply, optimizers, entropy)
 
     def update(
         key: jax.Array, state: SacState, batch: Transition
     ) -> tuple[SacState, Metrics]:
-        def relative(
-            actor_params: Params, key: jax.Array, observation: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            action, log_prob = sample(actor_params, key, observation)
-            if prior_energy is not None:
-                log_prob = log_prob + prior_energy(state.prior, observation, action)
-            return action, log_prob
+        return _update(config, parts, key, state, batch)
 
-        return _update(
-            config, spec, relative, critic.apply, optimizers, key, state, batch
-        )
-
-    def act(
-        params: SacParams,
-        key: jax.Array | None,
-        observation: jax.Array,
-        *,
-        deterministic: bool = False,
-    ) -> jax.Array:
-        if deterministic:
-            return distributions.mode(actor.apply(params.actor, observation)[0])
-        if key is None:
-            raise ValueError(
-                "act(key=None) samples nothing; pass a key or deterministic=True"
-            )
-        return sample(params.actor, key, observation)[0]
-
-    def energy(
-        params: SacParams, observation: jax.Array, action: jax.Array
-    ) -> jax.Array:
-        mean, log_std = actor.apply(params.actor, observation)
-        return -distributions.log_prob(mean, log_std, action)
-
-    return Policy(init=init, update=update, act=act, energy=energy)
+    return Policy(init, update, *of_actor(actor))
 
 
-def _optimizers(config: SacConfig) -> SacParts:
-    """One Adam per part; the actor's rate may decay."""
-    actor_rate: Any = config.actor_learning_rate
-    if config.actor_decay_steps is not None:
-        actor_rate = optax.cosine_decay_schedule(actor_rate, config.actor_decay_steps)
-    return SacParts(
-        actor=optax.adam(actor_rate),
-        critic=optax.adam(config.critic_learning_rate),
-        log_temperature=optax.adam(config.temperature_learning_rate),
-    )
+class _Parts(NamedTuple):
+    """What an update is made of.
+
+    ``sample(actor_params, prior_params, key, observation) -> (action, log_prob)``, relative
+    to the prior; ``critic(params, observation, action) -> [model, *batch]``.
+    """
+
+    sample: Callable[..., tuple[jax.Array, jax.Array]]
+    critic: Callable[..., jax.Array]
+    optimizers: SacParts
+    target_entropy: float
 
 
 def _update(
     config: SacConfig,
-    spec: SpaceSpec,
-    sample: Any,
-    apply_critic: Any,
-    optimizers: SacParts,
+    parts: _Parts,
     key: jax.Array,
     state: SacState,
     batch: Transition,
 ) -> tuple[SacState, Metrics]:
-    """One step: critics first, then the actor against the new critics (as in the
-    paper)."""
+    """Critics first, then the actor against the new ones (as in the paper)."""
     key_target, key_actor = jax.random.split(key)
-    params = state.params
+    params, old = state.params, state.optimizer_state
     temperature = jnp.exp(params.log_temperature)
+    target = _target(config, parts, key_target, state, batch)
 
+    def critic_objective(critic: Params) -> tuple[jax.Array, jax.Array]:
+        q = parts.critic(critic, batch.observation, batch.action)
+        return jnp.mean(critic_loss(q, target)), q
+
+    critic, critic_opt, loss_q, q = gradient_step(
+        parts.optimizers.critic, critic_objective, params.critic, old.critic
+    )
+
+    def actor_objective(actor: Params) -> tuple[jax.Array, jax.Array]:
+        action, log_prob = parts.sample(
+            actor, state.prior, key_actor, batch.observation
+        )
+        q = parts.critic(critic, batch.observation, action)
+        return jnp.mean(actor_loss(q, log_prob, temperature=temperature)), log_prob
+
+    actor, actor_opt, loss_pi, log_prob = gradient_step(
+        parts.optimizers.actor, actor_objective, params.actor, old.actor
+    )
+    log_temperature, log_opt = _temperature_step(config, parts, state, log_prob)
+    new_state = SacState(
+        params=SacParams(actor, critic, log_temperature),
+        target_critic=optax.incremental_update(
+            critic, state.target_critic, config.target_update_rate
+        ),
+        optimizer_state=SacParts(actor_opt, critic_opt, log_opt),
+        step=state.step + 1,
+        prior=state.prior,
+    )
+    return new_state, {
+        "critic_loss": loss_q,
+        "actor_loss": loss_pi,
+        "q_mean": jnp.mean(q),
+        "entropy": -jnp.mean(log_prob),
+        "temperature": temperature,
+    }
+
+
+def _target(
+    config: SacConfig,
+    parts: _Parts,
+    key: jax.Array,
+    state: SacState,
+    batch: Transition,
+) -> Float[Array, "*batch"]:
+    """Of the critics, over candidates of the next observation where the batch has them."""
     has_candidates = batch.next_observation.ndim > batch.observation.ndim
     if config.dispersion and not has_candidates:
         raise ValueError(
@@ -317,75 +371,44 @@ def _update(
             f"[candidate, batch, obs]; the batch has {batch.next_observation.shape}: give "
             "model_based a candidates_fn, or dispersion=0"
         )
-    draw = sample
+    draw = parts.sample
     if has_candidates:
         # One noise for all candidates: the policy's own would pass for dispersion.
-        draw = jax.vmap(sample, in_axes=(None, None, 0))
-    next_action, next_log_prob = draw(params.actor, key_target, batch.next_observation)
-    target = critic_target(
+        draw = jax.vmap(draw, in_axes=(None, None, None, 0))
+    action, log_prob = draw(
+        state.params.actor, state.prior, key, batch.next_observation
+    )
+    temperature = jnp.exp(state.params.log_temperature)
+    return critic_target(
         batch.reward,
         batch.terminated,
-        apply_critic(state.target_critic, batch.next_observation, next_action),
-        next_log_prob,
+        parts.critic(state.target_critic, batch.next_observation, action),
+        log_prob,
         temperature=temperature if config.backup_entropy else 0.0,
         discount=config.discount,
         dispersion=config.dispersion if has_candidates else None,
     )
 
-    def critic_objective(critic_params: Params) -> tuple[jax.Array, jax.Array]:
-        q = apply_critic(critic_params, batch.observation, batch.action)
-        return jnp.mean(critic_loss(q, target)), q
 
-    def actor_objective(actor_params: Params) -> tuple[jax.Array, jax.Array]:
-        action, log_prob = sample(actor_params, key_actor, batch.observation)
-        q = apply_critic(new_critic, batch.observation, action)
-        return jnp.mean(actor_loss(q, log_prob, temperature=temperature)), log_prob
-
-    def temperature_objective(log_temperature: jax.Array) -> jax.Array:
-        # `is None`, not truth: an honest 0 is a target.
-        entropy = config.target_entropy
-        entropy = -float(spec.action_size) if entropy is None else entropy
-        return jnp.mean(
-            temperature_loss(log_temperature, log_prob, target_entropy=entropy)
-        )
-
-    def step(name: str, gradient: Any) -> tuple[Any, Any]:
-        optimizer, value = getattr(optimizers, name), getattr(params, name)
-        updates, new = optimizer.update(
-            gradient, getattr(state.optimizer_state, name), value
-        )
-        return optax.apply_updates(value, updates), new
-
-    (loss_q, q), gradient = jax.value_and_grad(critic_objective, has_aux=True)(
-        params.critic
+def _temperature_step(
+    config: SacConfig, parts: _Parts, state: SacState, log_prob: jax.Array
+) -> tuple[jax.Array, Any]:
+    """The new log temperature and its optimiser's state; the old ones if it is fixed."""
+    value, optimizer_state = (
+        state.params.log_temperature,
+        state.optimizer_state.log_temperature,
     )
-    new_critic, critic_opt = step("critic", gradient)
-    (loss_pi, log_prob), gradient = jax.value_and_grad(actor_objective, has_aux=True)(
-        params.actor
-    )
-    new_actor, actor_opt = step("actor", gradient)
-    new_log, log_opt = params.log_temperature, state.optimizer_state.log_temperature
-    if config.fixed_temperature is None:
-        new_log, log_opt = step(
-            "log_temperature", jax.grad(temperature_objective)(new_log)
-        )
-        if config.max_temperature is not None:
-            new_log = jnp.minimum(new_log, math.log(config.max_temperature))
+    if config.fixed_temperature is not None:
+        return value, optimizer_state
 
-    metrics = {
-        "critic_loss": loss_q,
-        "actor_loss": loss_pi,
-        "q_mean": jnp.mean(q),
-        "entropy": -jnp.mean(log_prob),
-        "temperature": temperature,
-    }
-    new_state = SacState(
-        params=SacParams(new_actor, new_critic, new_log),
-        target_critic=optax.incremental_update(
-            new_critic, state.target_critic, config.target_update_rate
-        ),
-        optimizer_state=SacParts(actor_opt, critic_opt, log_opt),
-        step=state.step + 1,
-        prior=state.prior,
+    def objective(value: jax.Array) -> tuple[jax.Array, None]:
+        loss = temperature_loss(value, log_prob, target_entropy=parts.target_entropy)
+        return jnp.mean(loss), None
+
+    optimizer = parts.optimizers.log_temperature
+    value, optimizer_state, _, _ = gradient_step(
+        optimizer, objective, value, optimizer_state
     )
-    return new_state, metrics
+    if config.max_temperature is not None:
+        value = jnp.minimum(value, math.log(config.max_temperature))
+    return value, optimizer_state
