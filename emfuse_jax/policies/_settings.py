@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: Any, least: int, *names: str) -> None:
     """Refuses fields below ``least``, and NaN."""
     for name in names:
         value = getattr(config, name)

@@ -95,10 +95,13 @@ def fuse_policies(
         params: FusedParams, observation: Any, noisy_action: Any, time: Any
     ) -> jax.Array:
         _check_params(params, num, len(energies))
-        terms = [
-            member.noise(own, observation, noisy_action, time)
-            for member, own in zip(members, params.members, strict=True)
-        ]
+        terms = []
+        for member, own, weight in zip(members, params.members, weights, strict=True):
+            # As in `pool_energies`: an absent member's derivative is dropped at its input.
+            absent = jnp.broadcast_to(weight == 0, noisy_action.shape)
+            held = jax.lax.stop_gradient(noisy_action)
+            seen = jnp.where(absent, held, noisy_action)
+            terms.append(member.noise(own, observation, seen, time))
         stacked = jnp.stack(terms)
         aligned = align_weights(weights, stacked.shape)
         # An expert of weight 0 has no say, even where it makes a NaN.

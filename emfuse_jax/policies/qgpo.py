@@ -72,7 +72,6 @@ from emfuse_jax.policies.online import example_transition
 from emfuse_jax.policies.sac import critic_loss, critic_target
 
 __all__ = [
-    "GuidanceConfig",
     "QgpoConfig",
     "QgpoParams",
     "QgpoState",

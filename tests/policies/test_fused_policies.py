@@ -114,6 +114,20 @@ def test_an_expert_of_weight_zero_has_no_say_even_where_it_is_broken():
     own = jax.grad(lambda x: EXPERT.guidance(PARAMS[0], inputs[0], x, inputs[2]).sum())
     np.testing.assert_array_equal(slope(inputs[1]), own(inputs[1]))
 
+    def steep(params, observation, noisy_action, time):
+        return jnp.sqrt(-1.0 - jnp.square(noisy_action))  # no number, nor has its slope
+
+    # An added energy is read through the fused noise, and so is its derivative.
+    fused = fuse_policies(
+        [EXPERT, GuidedDiffusion(steep, EXPERT.guidance)],
+        [1.0, 0.0],
+        energies=[lambda params, observation, action: action[..., 0]],
+        energy_weights=[1.0],
+    )
+    params = FusedParams((PARAMS[0], PARAMS[1]), ((),))
+    slope = jax.grad(lambda x: fused.guidance(params, inputs[0], x, inputs[2]).sum())
+    assert np.isfinite(slope(inputs[1])).all()
+
 
 @pytest.mark.parametrize(
     ("options", "words"),
