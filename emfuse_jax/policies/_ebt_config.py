@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from emfuse_jax.nets.transformer import TransformerConfig
+from emfuse_jax.policies._settings import at_least, positive
 from emfuse_jax.samplers.descent import check_steps, descent
 
 __all__ = ["EbtConfig", "s1_config", "s2_config"]
@@ -77,15 +78,10 @@ class EbtConfig:
     def __post_init__(self) -> None:
         check_steps("train_steps", self.train_steps)
         check_steps("act_steps", self.act_steps)
-        for name, least in (
-            ("extra_steps", 0),
-            ("num_starts", 1),
-            ("num_candidates", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least {least}"
-                )
+        at_least(self, 1, "num_frames", "horizon", "num_starts", "num_candidates")
+        at_least(self, 0, "extra_steps", "warmup_steps", "weight_decay")
+        at_least(self, 0, "average_power", "tolerance")
+        positive(self, "learning_rate", "max_gradient_norm")
         if not (self.step_size > 0 and self.step_size_spread >= 1):
             raise ValueError(
                 f"step_size={self.step_size} must be positive and step_size_spread="
@@ -96,10 +92,8 @@ class EbtConfig:
             raise ValueError(
                 f"start_noise={self.start_noise}; expected 0 ≤ low ≤ high ≤ 1"
             )
-        if min(self.noise) < 0 or not self.tolerance >= 0:
-            raise ValueError(
-                f"noise={self.noise} and tolerance={self.tolerance} must be at least 0"
-            )
+        if not all(level >= 0 for level in self.noise):
+            raise ValueError(f"noise={self.noise} must be at least 0, first and last")
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"decay_steps={self.decay_steps} must exceed warmup_steps="

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from emfuse_jax.base import EnergyFn, Metrics, Sampler
 from emfuse_jax.loops import run_sampler
 from emfuse_jax.policies._ebt_config import EbtConfig
-from emfuse_jax.samplers.descent import descent
+from emfuse_jax.samplers.descent import DescentState, descent
+from emfuse_jax.tree import select
 
 __all__ = ["descent_loss", "policy_descent"]
 
@@ -46,6 +47,8 @@ def descent_loss(
         low, high = config.step_size / spread, config.step_size * spread
         size = jax.random.uniform(key_size, batch, minval=low, maxval=high)
     sampler = policy_descent(config, energy_fn, size, action.shape[-1], count)
+    if config.extra_steps:
+        sampler = _until(count, sampler, action)
     most = config.train_steps + config.extra_steps
     _, (position, info) = run_sampler(
         key_noise, sampler, start, most, keep=lambda state, info: (state.position, info)
@@ -63,6 +66,19 @@ def descent_loss(
         "gradient_norm": jnp.mean(info.gradient_norm[count - 1]),
     }
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _until(count: Any, sampler: Sampler, safe: jax.Array) -> Sampler:
+    """The sampler at rest from step ``count`` on, where it steps from ``safe`` for show: a
+    step beyond what is scored may overflow, and 0 times its derivative is NaN."""
+
+    def step(key: jax.Array, state: DescentState) -> tuple[DescentState, Any]:
+        live = state.step < count
+        start = select(live, state, sampler.init(safe)._replace(step=state.step))
+        moved, info = sampler.step(key, start)
+        return select(live, moved, state)._replace(step=moved.step), info
+
+    return Sampler(sampler.init, step)
 
 
 def _training_start(

@@ -43,6 +43,7 @@ from emfuse_jax.nets.energy import EnergyNetwork
 from emfuse_jax.nets.transformer import EnergyTransformer, energy_transformer
 from emfuse_jax.policies._ebt_config import EbtConfig, s1_config, s2_config
 from emfuse_jax.policies._ebt_loss import descent_loss, policy_descent
+from emfuse_jax.policies._settings import require_key
 from emfuse_jax.samplers.descent import minimize
 
 __all__ = [
@@ -156,7 +157,7 @@ def ebt_policy(
         rate = (1.0 + state.step) ** -config.average_power
         average = optax.incremental_update(weights, state.params.network, rate)
         params = state.params._replace(network=average)
-        metrics |= {"loss": loss, "update_norm": _norm(gradient)}
+        metrics |= {"loss": loss, "update_norm": optax.tree.norm(gradient)}
         return EbtState(params, weights, new, state.step + 1), metrics
 
     def act(
@@ -225,7 +226,7 @@ def ebt_refine(
             start = one.reshape(num_candidates, *ones, spec.action_size)
             start = jnp.broadcast_to(start, shape)
         else:
-            start = jax.random.normal(key, shape)
+            start = jax.random.normal(require_key(key), shape)
         energy_fn = _bind(network, params.network, normal, num_candidates)
         end = minimize(
             key,
@@ -298,8 +299,3 @@ def _optimizer(config: EbtConfig) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.adamw(rate, weight_decay=config.weight_decay),
     )
-
-
-def _norm(tree: Params) -> jax.Array:
-    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros(())))

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from emfuse_jax.base import (
@@ -46,6 +47,8 @@ from emfuse_jax.losses.contrastive import info_nce, ranking_nce
 from emfuse_jax.losses.negatives import chain_negatives, uniform_negatives
 from emfuse_jax.losses.penalties import gradient_penalty
 from emfuse_jax.nets.energy import EnergyNetwork, conditional_energy
+from emfuse_jax.policies._learning import gradient_step
+from emfuse_jax.policies._settings import at_least, positive, rates
 from emfuse_jax.samplers.derivative_free import derivative_free
 from emfuse_jax.samplers.langevin import etm_langevin
 
@@ -107,11 +110,11 @@ class IbcConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}; expected one of {allowed}"
                 )
-        for name in ("num_negatives", "chain_steps", "num_samples", "search_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if not self.penalty >= 0:
-            raise ValueError(f"penalty={self.penalty}; expected 0 or more")
+        counts = ("num_negatives", "chain_steps", "num_samples", "search_steps")
+        at_least(self, 1, *counts)
+        at_least(self, 0, "penalty", "margin", "noise", "search_noise")
+        positive(self, "learning_rate", "first_step", "last_step", "step_clip")
+        rates(self, "decay")
         if self.ranking_correction and self.negatives == "langevin":
             raise ValueError(
                 "ranking_correction needs the density of the negatives, which chains on "
@@ -146,6 +149,8 @@ class IbcParams(NamedTuple):
 
 
 class IbcState(NamedTuple):
+    """What `ibc` trains; ``step`` counts the updates."""
+
     params: IbcParams
     optimizer: optax.OptState
     step: jax.Array
@@ -166,7 +171,8 @@ def action_box(
         limits: of the actions that the environment takes.
 
     Raises:
-        ValueError: without rows, or if actions lie outside the limits.
+        ValueError: without rows, if actions lie outside the limits, or for a negative
+            margin.
 
     Example:
         >>> box = action_box(jnp.array([[-0.5, 0.0], [0.5, 1.0]]))
@@ -176,6 +182,8 @@ def action_box(
     actions = np.asarray(actions, np.float32)
     if actions.ndim != 2 or len(actions) == 0:
         raise ValueError(f"actions of shape {actions.shape}; expected [rows, act]")
+    if not margin >= 0:
+        raise ValueError(f"margin={margin}; expected 0 or more: the box holds the data")
     least, most = actions.min(axis=0), actions.max(axis=0)
     if (least < limits[0] - 1e-6).any() or (most > limits[1] + 1e-6).any():
         raise ValueError(
@@ -258,7 +266,7 @@ def ibc(
         if normalizer is None:
             normalizer = normalization.identity_normalizer(size)
         energy = network.init(key, jnp.zeros(size), one)
-        box = ActionBox(-one, one) if box is None else box
+        box = ActionBox(-one, one) if box is None else _checked(box, spec.action_size)
         params = IbcParams(energy, normalizer, box)
         return IbcState(params, optimizer.init(energy), jnp.zeros((), jnp.int32))
 
@@ -268,26 +276,10 @@ def ibc(
         energy_fn = _condition(network, params, observation)
         return energy_fn(_scale(params.box, action))
 
-    def objective(trained: Params, key: jax.Array, state: IbcState, batch: Transition):
-        observation = batch.observation
-        chain_energy = _condition(network, state.params, observation)
-        negatives = _negatives(
-            key, config, proposal, state.params.box, chain_energy, batch
-        )
-        params = state.params._replace(energy=trained)
-        energy_fn = _condition(network, params, observation)
-        return _loss(config, energy_fn, _scale(params.box, batch.action), negatives)
-
     def update(
         key: jax.Array, state: IbcState, batch: Transition
     ) -> tuple[IbcState, Metrics]:
-        trained = state.params.energy
-        gradient, metrics = jax.grad(objective, has_aux=True)(
-            trained, key, state, batch
-        )
-        updates, new = optimizer.update(gradient, state.optimizer)
-        params = state.params._replace(energy=optax.apply_updates(trained, updates))
-        return IbcState(params, new, state.step + 1), metrics
+        return _update(config, network, proposal, optimizer, key, state, batch)
 
     def act(
         params: IbcParams,
@@ -296,19 +288,79 @@ def ibc(
         *,
         deterministic: bool = False,
     ) -> jax.Array:
+        if key is None:
+            raise ValueError("act(key=None); candidates start at random: pass a key")
         key_search, key_choice = jax.random.split(key)
         energy_fn = _condition(network, params, observation)
         shape = (*observation.shape[:-1], config.num_samples, spec.action_size)
         candidates = _search(key_search, config, energy_fn, shape)
-        energies = energy_fn(candidates)
-        if deterministic:
-            index = jnp.argmin(energies, axis=-1)
-        else:
-            index = jax.random.categorical(key_choice, -energies)
-        chosen = jnp.take_along_axis(candidates, index[..., None, None], axis=-2)
-        return _unscale(params.box, chosen[..., 0, :])
+        chosen = _choose(
+            key_choice, candidates, energy_fn(candidates), deterministic=deterministic
+        )
+        return _unscale(params.box, chosen)
 
     return Policy(init, update, act, energy)
+
+
+def _update(
+    config: IbcConfig,
+    network: EnergyNetwork,
+    proposal: Proposal | None,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    state: IbcState,
+    batch: Transition,
+) -> tuple[IbcState, Metrics]:
+    """One step; the negatives are of the energy as it was, and no gradient meets them."""
+    params = state.params
+    old_energy = _condition(network, params, batch.observation)
+    negatives = _negatives(key, config, proposal, params.box, old_energy, batch)
+    recorded = _scale(params.box, batch.action)
+
+    def objective(trained: Params) -> tuple[jax.Array, Metrics]:
+        new = params._replace(energy=trained)
+        energy_fn = _condition(network, new, batch.observation)
+        return _loss(config, energy_fn, recorded, negatives)
+
+    trained, new, _, metrics = gradient_step(
+        optimizer, objective, params.energy, state.optimizer
+    )
+    params = params._replace(energy=trained)
+    return IbcState(params, new, state.step + 1), metrics
+
+
+def _checked(box: ActionBox, action_size: int) -> ActionBox:
+    """The box; raises unless ``low < high``, one of each per dimension."""
+    shapes = box.low.shape, box.high.shape
+    if shapes != ((action_size,), (action_size,)):
+        raise ValueError(
+            f"a box of shapes {shapes}; expected ({action_size},) twice, one bound per "
+            "dimension of an action"
+        )
+    traced = isinstance(box.low, Tracer) or isinstance(box.high, Tracer)
+    if not traced and not bool(jnp.all(box.low < box.high)):
+        raise ValueError(
+            f"the box reaches from {box.low} to {box.high}; expected low < high in every "
+            "dimension, see action_box"
+        )
+    return box
+
+
+def _choose(
+    key: jax.Array,
+    candidates: Float[Array, "*batch candidate act"],
+    energies: Float[Array, "*batch candidate"],
+    *,
+    deterministic: bool,
+) -> Float[Array, "*batch act"]:
+    """The lowest candidate, or one in proportion to ``exp(-E)``; none without an energy."""
+    energies = jnp.where(jnp.isnan(energies), jnp.inf, energies)
+    if deterministic:
+        index = jnp.argmin(energies, axis=-1)
+    else:
+        index = jax.random.categorical(key, -energies)
+    chosen = jnp.take_along_axis(candidates, index[..., None, None], axis=-2)
+    return chosen[..., 0, :]
 
 
 def _learning_rate(config: IbcConfig) -> Any:

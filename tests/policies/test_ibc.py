@@ -202,6 +202,58 @@ def test_it_acts_at_the_lowest_energy_in_raw_units(inference):
     assert abs(float(at_deep)) < 1e-3
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_candidate_without_an_energy_is_never_taken(deterministic):
+    def energy(params, projected, y):
+        bowl = jnp.sum(jnp.square(y), axis=-1)
+        return jnp.where(y[..., 0] > 0.5, jnp.nan, bowl)
+
+    network = EnergyNetwork(lambda key, x, y: {}, lambda params, x: x, energy)
+    config = IbcConfig(num_samples=32, chain_steps=1, first_step=1e-5)
+    policy = ibc(config, SPEC, network=network)
+    params = policy.init(jax.random.key(0)).params
+    act = jax.jit(lambda key: policy.act(params, key, jnp.zeros((20, 1))))
+    if deterministic:
+        act = jax.jit(
+            lambda key: policy.act(params, key, jnp.zeros((20, 1)), deterministic=True)
+        )
+    # A quarter of 32 uniform starts has no energy; argmin takes NaN for the least.
+    assert float(jnp.max(act(jax.random.key(1)))) <= 0.5
+
+
+def test_a_step_is_cloned_with_one_jump_and_no_value_between():
+    """y = ∓0.6 below and above x = ½; every regression has values between."""
+    config = IbcConfig(
+        hidden_sizes=(32, 32),
+        negatives="uniform",
+        num_negatives=16,
+        penalty=0.0,
+        learning_rate=1e-2,
+        decay=0.8,
+    )
+    policy = ibc(config, SPEC)
+
+    def sample(key, data):
+        x = jax.random.uniform(key, (64, 1))
+        return transition(x, jnp.where(x < 0.5, -0.6, 0.6))
+
+    @jax.jit
+    def argmin(key):
+        state, _ = loops.fit(key, policy, policy.init(key), sample, 1000, chunk=1000)
+        x, y = jnp.linspace(0.0, 1.0, 201), jnp.linspace(-1.0, 1.0, 201)
+        grid = jnp.broadcast_to(y[None, :, None], (201, 201, 1))
+        energies = policy.energy(state.params, x[:, None], grid)
+        return x, y[jnp.argmin(energies, axis=1)]
+
+    x, y = map(np.asarray, argmin(jax.random.key(0)))
+    assert not np.any(np.abs(y) < 0.5)
+    jumps = np.flatnonzero(np.diff(np.sign(y)))
+    assert len(jumps) == 1
+    assert abs(x[jumps[0]] - 0.5) < 0.02
+    smooth = np.polyval(np.polyfit(x, np.where(x < 0.5, -0.6, 0.6), 7), x)
+    assert np.any(np.abs(smooth) < 0.5)
+
+
 def test_evaluations_are_counted():
     config = IbcConfig(num_samples=10, chain_steps=7)
     assert evaluations_per_action(config) == (10, 70)
