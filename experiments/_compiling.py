@@ -4,7 +4,6 @@ Programs that are quickly traced and compiled, which most are, are not spoken of
 """
 
 import contextlib
-import contextvars
 import os
 import sys
 import threading
@@ -20,7 +19,8 @@ PATIENCE = 2.0
 """Seconds: what takes longer to compile is announced, and what took longer in all, with
 tracing, is told of."""
 
-_WHAT: contextvars.ContextVar[str] = contextvars.ContextVar("what", default="")
+_open: list[str] = []
+"""What is compiled for. Bodies may end in another order than they began: jobs do."""
 
 
 def use_cache() -> None:
@@ -41,11 +41,11 @@ def use_cache() -> None:
 @contextlib.contextmanager
 def of(what: str) -> Iterator[None]:
     """Inside the body, messages say that what is compiled is for ``what``."""
-    token = _WHAT.set(what)
+    _open.append(what)
     try:
         yield
     finally:
-        _WHAT.reset(token)
+        _open.remove(what)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ class _Teller(threading.local):
 def _name(facts: dict[str, Any]) -> str:
     name = str(facts.get("fun_name", "a program"))
     name = name.removeprefix("jit(").removesuffix(")")
-    return f"{name} ({_WHAT.get()})" if _WHAT.get() else name
+    return f"{name} ({_open[-1]})" if _open else name
 
 
 def _say(text: str) -> None:

@@ -153,18 +153,18 @@ class Run:
         def on_chunk(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
             row, mine = dict(metrics), _devices.own(state)
             self.check(step, row, getattr(mine, "params", None))
-            planned = is_planned(step)
+            planned, stops = is_planned(step), _devices.anywhere(asked())
             if planned and evaluate is not None:
                 row |= evaluate(step, mine)
             self.log(step, row)
-            saves = planned or _devices.anywhere(asked())
-            if saves:
+            if planned or stops:
                 keep = _KEEP + len(unplanned) + (not planned)
                 self.save(step, state, score=row.get("score"), keep=keep)
                 while unplanned:
                     artifacts.delete(self.checkpoints, unplanned.pop())
             bar.update(step, row)
-            if saves and _devices.anywhere(asked()):
+            # After the last chunk there is no next one to hear what came meanwhile.
+            if stops or (step == num_steps and _devices.anywhere(asked())):
                 raise StoppedError(f"at step {step} of {num_steps}, which is saved")
 
         with bar, until_asked() as asked, _compiling.of(description):

@@ -38,6 +38,20 @@ def test_what_takes_long_is_announced_and_told(teller, capsys):
     ]
 
 
+def test_jobs_may_end_in_any_order(teller, capsys):
+    first, second = _compiling.of("first"), _compiling.of("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    _compile("f", 1.0, 1.0)
+    second.__exit__(None, None, None)
+    _compile("g", 1.0, 1.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "compiled f (second) in 2.0 s",
+        "compiled g in 2.0 s",
+    ]
+
+
 def test_hits_say_so_and_what_is_quick_is_not_spoken_of(teller, capsys):
     _compile("run_chunk", 1.0, 0.2, kept=True)
     _compile("add", 0.001, 0.002)

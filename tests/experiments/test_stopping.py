@@ -62,6 +62,24 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_that_comes_while_the_end_is_saved_is_heard(
+    whole, tmp_path, monkeypatch, capsys
+):
+    path, save = tmp_path / "run", artifacts.save
+
+    def signalled(folder, step, *args, **options):
+        save(folder, step, *args, **options)
+        if step == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "save", signalled)
+        assert _main(path) == 75
+    assert "at step 40 of 40, which is saved" in capsys.readouterr().err
+    assert _main(path) == 0
+    assert (path / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+
+
 def test_a_later_signal_does_not_wait():
     script = (
         "import time; from experiments import _stopping\n"
