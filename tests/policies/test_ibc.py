@@ -245,7 +245,7 @@ def test_a_step_is_cloned_with_one_jump_and_no_value_between():
         energies = policy.energy(state.params, x[:, None], grid)
         return x, y[jnp.argmin(energies, axis=1)]
 
-    x, y = map(np.asarray, argmin(jax.random.key(0)))
+    x, y = (np.asarray(a, np.float64) for a in argmin(jax.random.key(0)))
     assert not np.any(np.abs(y) < 0.5)
     jumps = np.flatnonzero(np.diff(np.sign(y)))
     assert len(jumps) == 1

@@ -1,6 +1,8 @@
 """Contrastive energy prediction against exact intermediate energies; the biased variant is
 seen to fail."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from emfuse_jax import tree
 from emfuse_jax.base import SpaceSpec, Transition
+from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.loops import fit
 from emfuse_jax.nets.denoiser import DenoiserConfig
 from emfuse_jax.policies import _vp
@@ -199,6 +202,24 @@ def test_it_learns_the_value_of_a_bandit_and_moves_towards_it():
     # β is in units of the values' spread: the exact shift is 2 standard deviations.
     assert 0.3 < float(action.mean()) < 0.9
     assert float(metrics["critic_loss"][0]) < 0.1
+
+
+@pytest.mark.quick_compile
+def test_support_is_drawn_anew_and_a_known_value_reads_raw_observations():
+    config = dataclasses.replace(SMALL, capacity=4, support_rows=4)
+    policy = qgpo(config, SPEC, value_fn=lambda observation, _: observation[..., 0])
+    shift = Normalizer(jnp.full(2, 5.0), jnp.ones(2))
+    state = policy.init(jax.random.key(0), normalizer=shift)
+    update, seen = jax.jit(policy.update), []
+    batch = batch_of(jax.random.key(1), 8)
+    batch = batch._replace(observation=batch.observation + 5.0)
+    for number in range(2):
+        state, metrics = update(jax.random.key(2 + number), state, batch)
+        seen.append(np.asarray(state.ring.experience.support))
+    np.testing.assert_allclose(metrics["value_mean"], 5.0, rtol=1e-6)
+    # The ring was full: nothing is left of what the behaviour would have done before
+    # (some of what an untrained one does lies at the bound).
+    assert np.mean(seen[1] != seen[0]) > 0.5
 
 
 @pytest.mark.parametrize("loss", ["contrastive", "regression"])
