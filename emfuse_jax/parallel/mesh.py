@@ -139,13 +139,24 @@ def split(tree: Any, mesh: Mesh, *, axis: str = "data", row_axis: int = 0) -> An
 
 
 def context_mesh(mesh: Mesh) -> Mesh | AbstractMesh:
-    """The mesh to name inside another mapped function: that function's own, if any."""
+    """The mesh to name inside another mapped function: that function's own, if any.
+
+    Example:
+        >>> mesh = make_mesh({"data": 1})
+        >>> context_mesh(mesh) is mesh  # inside shard_map it would be that function's
+        True
+    """
     ambient = jax.sharding.get_abstract_mesh()
     return mesh if ambient.empty else ambient
 
 
 def free_axes(mesh: Mesh | AbstractMesh) -> set[str]:
-    """The axes that no surrounding mapped function has taken."""
+    """The axes that no surrounding mapped function has taken.
+
+    Example:
+        >>> free_axes(make_mesh({"seed": 1, "data": 1})) == {"seed", "data"}
+        True
+    """
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, axis_type in types if axis_type != AxisType.Manual}
 
