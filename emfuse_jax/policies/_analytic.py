@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from emfuse_jax.policies import _vp
+from emfuse_jax.policies._learning import running_mean
 
 
 class PosteriorMoments(NamedTuple):
@@ -203,20 +204,18 @@ def update_moments(
         time: ``t``; bins without a row keep what they have.
         rate: of the moving averages.
     """
-    weight = jnp.maximum(rate, 1.0 / (moments.num_batches + 1.0))
-    mean = moments.action_mean + weight * (
-        jnp.mean(action, axis=0) - moments.action_mean
-    )
+    batches = moments.num_batches
+    mean = running_mean(moments.action_mean, jnp.mean(action, axis=0), batches, rate)
     square = jnp.mean(jnp.square(action - mean[None]))
-    square = moments.action_square + weight * (square - moments.action_square)
+    square = running_mean(moments.action_square, square, batches, rate)
     num_bins = moments.noise_square.size
     index = jnp.clip((time * num_bins).astype(jnp.int32), 0, num_bins - 1)
     rows = jnp.zeros(num_bins).at[index].add(1.0)
-    bin_weight = jnp.maximum(rate, 1.0 / (moments.bin_batches + 1.0))
 
     def fold(average: jax.Array, value: jax.Array) -> jax.Array:
         batch = jnp.zeros(num_bins).at[index].add(value) / jnp.maximum(rows, 1.0)
-        return jnp.where(rows > 0, average + bin_weight * (batch - average), average)
+        moved = running_mean(average, batch, moments.bin_batches, rate)
+        return jnp.where(rows > 0, moved, average)
 
     far = jnp.mean(jnp.square(posterior_mean - mean[None]), axis=-1)
     return PosteriorMoments(

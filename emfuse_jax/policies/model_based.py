@@ -63,6 +63,11 @@ class ModelBasedConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if round(self.real_ratio * self.batch_size) == self.batch_size:
+            raise ValueError(
+                f"real_ratio={self.real_ratio} of batch_size={self.batch_size} leaves no "
+                "imagined row; lower it, or train on the data alone"
+            )
 
 
 class ModelBasedState(NamedTuple):
@@ -138,7 +143,6 @@ def model_based(
             key, 2 if candidates_fn is None else 3
         )
         imagined = buffer.sample(key_imagined, replay)
-        following = None
         if candidates_fn is not None:
             following = candidates_fn(
                 model_params, more[0], imagined.observation, imagined.action
@@ -147,17 +151,7 @@ def model_based(
         if num_real == 0:
             return imagined
         rows = jax.random.randint(key_real, (num_real,), 0, dataset.age.shape[0])
-        real = gather_transition(dataset, rows)
-        mixed = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b]),
-            real._replace(next_observation=real.observation),
-            imagined._replace(next_observation=imagined.observation),
-        )
-        known = real.next_observation
-        if following is not None:
-            known = jnp.broadcast_to(known[None], (len(following), *known.shape))
-        both = [known, imagined.next_observation]
-        return mixed._replace(next_observation=jnp.concatenate(both, axis=-2))
+        return _joined(gather_transition(dataset, rows), imagined)
 
     def update(
         key: jax.Array, state: ModelBasedState, data: tuple[Any, Dataset]
@@ -185,15 +179,37 @@ def model_based(
             learn, state.policy, jnp.arange(config.updates_per_rollout)
         )
         metrics = jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
-        rollout_metrics = {
-            "model_reward": masked_mean(imagined.transition.reward, imagined.valid),
-            "model_uncertainty": masked_mean(imagined.uncertainty, imagined.valid),
-            "model_rows": jnp.sum(imagined.valid).astype(jnp.float32),
-            "model_terminated": masked_mean(
-                imagined.transition.terminated.astype(jnp.float32), imagined.valid
-            ),
-            "buffer_rows": num_stored(replay).astype(jnp.float32),
+        return ModelBasedState(learner, replay), {
+            **metrics,
+            **_rollout_metrics(imagined, replay),
         }
-        return ModelBasedState(learner, replay), {**metrics, **rollout_metrics}
 
     return Learner(init, update)
+
+
+def _joined(real: Transition, imagined: Transition) -> Transition:
+    """Recorded rows, then imagined ones. Where these have several candidates of the next
+    observation, a recorded row has one and the same for all of them."""
+    known, following = real.next_observation, imagined.next_observation
+    if following.ndim > known.ndim:
+        known = jnp.broadcast_to(known[None], (len(following), *known.shape))
+    # Any array will do for the field that is joined along another axis.
+    rest = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]),
+        real._replace(next_observation=real.observation),
+        imagined._replace(next_observation=imagined.observation),
+    )
+    both = jnp.concatenate([known, following], axis=-2)
+    return rest._replace(next_observation=both)
+
+
+def _rollout_metrics(imagined: Imagined, replay: State) -> Metrics:
+    """Of the steps that happened, and how many rows the buffer holds."""
+    step, valid = imagined.transition, imagined.valid
+    return {
+        "model_reward": masked_mean(step.reward, valid),
+        "model_uncertainty": masked_mean(imagined.uncertainty, valid),
+        "model_rows": jnp.sum(valid).astype(jnp.float32),
+        "model_terminated": masked_mean(step.terminated.astype(jnp.float32), valid),
+        "buffer_rows": num_stored(replay).astype(jnp.float32),
+    }

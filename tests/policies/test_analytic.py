@@ -221,6 +221,36 @@ def test_the_table_learns_the_variance_of_two_modes_from_batches():
     assert np.max(linear / average) > 2  # a Gaussian of that variance is no substitute
 
 
+def test_over_several_states_the_table_holds_the_mean_posterior_variance():
+    """States with means ±0.8 and spreads 0.2 and 0.4: the law of total variance, with one
+    mean and one variance for all of them."""
+    rows, time = 40_000, 0.3
+    side = np.where(np.arange(rows) % 2, 1.0, -1.0)
+    mean, spread = 0.8 * side, np.where(side > 0, 0.4, 0.2)
+    alpha, sigma = (float(x) for x in _vp.alpha_sigma(time))
+    action = mean + spread * rng.standard_normal(rows)
+    noisy = alpha * action + sigma * rng.standard_normal(rows)
+    total = (alpha * spread) ** 2 + sigma**2
+    noise = sigma * (noisy - alpha * mean) / total
+    moments = _analytic.update_moments(
+        _analytic.init_moments(1, 1),
+        *(
+            jnp.asarray(x, jnp.float32)[:, None]
+            for x in (action, noise, (noisy - sigma * noise) / alpha)
+        ),
+        jnp.full(rows, time),
+        rate=1.0,
+    )
+    truth = np.mean(spread**2 * sigma**2 / total)
+    found = _analytic.posterior_variance(
+        time, moments.noise_square[0], moments.action_square, moments.deviation[0]
+    )
+    np.testing.assert_allclose(found, truth, rtol=0.05)
+    # Of a single Gaussian of the same overall variance it would be far more.
+    linear = _analytic.linear_variance(time, moments.action_square)
+    assert linear > 2 * truth
+
+
 def test_no_bins_are_refused():
     with pytest.raises(ValueError, match="num_bins=0; expected at least 1"):
         _analytic.init_moments(0, 2)

@@ -202,6 +202,7 @@ def test_without_real_rows(data):
 
 
 def test_configs_that_cannot_work_are_refused():
-    for name, wrong in (("real_ratio", 1.0), ("real_ratio", -0.1), ("horizon", 0)):
+    wrongs = ("real_ratio", 1.0), ("real_ratio", -0.1), ("real_ratio", 0.999)
+    for name, wrong in (*wrongs, ("horizon", 0)):
         with pytest.raises(ValueError, match=f"{name}={wrong}"):
             ModelBasedConfig(**{name: wrong})
