@@ -156,7 +156,7 @@ def packllm_opt_weights(
     Example:
         >>> log_probs = jnp.log(jnp.array([[[[0.8, 0.2]] * 2], [[[0.2, 0.8]] * 2]]))
         >>> tokens, valid = jnp.zeros((1, 2), int), jnp.ones((1, 2), bool)
-        >>> packllm_opt_weights(log_probs, tokens, valid)[:, 0].tolist()
+        >>> jax.jit(packllm_opt_weights)(log_probs, tokens, valid)[:, 0].tolist()
         [1.0, 0.0]
     """
     targets, mask = prompt_targets(tokens, valid)
