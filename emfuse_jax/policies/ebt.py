@@ -162,7 +162,7 @@ def ebt_policy(
 
     def act(
         params: EbtParams,
-        key: jax.Array,
+        key: jax.Array | None,
         observation: jax.Array,
         /,
         *,
@@ -206,7 +206,7 @@ def ebt_refine(
 
     def refine(
         params: EbtParams,
-        key: jax.Array,
+        key: jax.Array | None,
         observation: jax.Array,
         *,
         deterministic: bool = False,
@@ -220,8 +220,9 @@ def ebt_refine(
         elif deterministic:
             # One draw for every row: which of several basins is entered then depends on
             # the observation only, and changes as little as it does.
-            key = jax.random.key(0)
-            one = jax.random.normal(key, (num_candidates, spec.action_size))
+            one = jax.random.normal(
+                jax.random.key(0), (num_candidates, spec.action_size)
+            )
             ones = (1,) * (observation.ndim - 1)
             start = one.reshape(num_candidates, *ones, spec.action_size)
             start = jnp.broadcast_to(start, shape)
@@ -229,7 +230,7 @@ def ebt_refine(
             start = jax.random.normal(require_key(key), shape)
         energy_fn = _bind(network, params.network, normal, num_candidates)
         end = minimize(
-            key,
+            jax.random.key(0),  # nothing is drawn: acting adds no noise
             energy_fn,
             policy_descent(config, energy_fn, config.step_size, spec.action_size),
             start,

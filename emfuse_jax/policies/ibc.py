@@ -283,7 +283,7 @@ def ibc(
 
     def act(
         params: IbcParams,
-        key: jax.Array,
+        key: jax.Array | None,
         observation: jax.Array,
         *,
         deterministic: bool = False,
