@@ -185,15 +185,13 @@ class _Running:
         status = self._process.returncode
         if status == EXIT_STATUS:
             raise StoppedError(f"of {self.job.name}, which has saved")
-        if status == DIVERGED:
-            raise ChildProcessError(
-                f"{self.job.name} has diverged; its output is in {self._log_path}, and "
-                "the same command with --on_divergence=rollback goes on with smaller steps"
-            )
         if status != 0:
+            same = "the same command resumes"
+            if status == DIVERGED:
+                same = "it has diverged: --on_divergence=rollback goes on, more slowly"
             raise ChildProcessError(
                 f"{self.job.name} ended with status {status}; its output is in "
-                f"{self._log_path}, and the same command resumes"
+                f"{self._log_path}, and {same}"
             )
 
     def terminate(self) -> None:

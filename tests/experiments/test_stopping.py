@@ -151,7 +151,7 @@ def test_a_job_that_diverged_is_told_apart_and_options_are_no_other_job(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     job = _jobs.Job("wild", ("wild_job",), tmp_path)
     options = {"workers": 1, "stage": _run.Stages(tmp_path / "stages.json").stage}
-    with pytest.raises(ChildProcessError, match="with --on_divergence=rollback"):
+    with pytest.raises(ChildProcessError, match="diverged: --on_divergence=rollback"):
         _jobs.run_jobs([job], tmp_path, **options)
     calmed = job._replace(options=("--on_divergence=rollback",))
     assert not _jobs.succeeded([calmed], tmp_path / _jobs.RECORD_FILE)
