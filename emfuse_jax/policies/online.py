@@ -158,17 +158,21 @@ def online(
             lambda _, policy_state, __: (policy_state, idle),
             *operands,
         )
-        statistics = env_state.statistics
-        metrics = {
-            **metrics,
-            "reward": jnp.mean(transition.reward),
-            "episode_return": jnp.mean(statistics.last_return),
-            "episode_length": jnp.mean(statistics.last_length.astype(jnp.float32)),
-            "num_episodes": jnp.sum(statistics.num_episodes).astype(jnp.float32),
-        }
+        metrics = {**metrics, **_experience(transition, env_state)}
         return OnlineState(learner, env_state, replay, num_steps), metrics
 
     return Learner(init=init, update=update)
+
+
+def _experience(transition: Transition, env: AutoResetState) -> Metrics:
+    """Rewards of the step and what the last finished episodes were worth."""
+    statistics = env.statistics
+    return {
+        "reward": jnp.mean(transition.reward),
+        "episode_return": jnp.mean(statistics.last_return),
+        "episode_length": jnp.mean(statistics.last_length.astype(jnp.float32)),
+        "num_episodes": jnp.sum(statistics.num_episodes).astype(jnp.float32),
+    }
 
 
 def example_transition(spec: Any) -> Transition:
