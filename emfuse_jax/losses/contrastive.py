@@ -32,6 +32,9 @@ def info_nce(
         negative_energy: of its negatives.
         temperature: positive.
 
+    Raises:
+        ValueError: if the temperature is a number that is not positive.
+
     References:
         van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive
         Coding", 2018, equation 4. https://arxiv.org/abs/1807.03748
@@ -40,6 +43,10 @@ def info_nce(
         >>> print(f"{info_nce(jnp.zeros(()), jnp.zeros(16)):.3f}")
         2.833
     """
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature}; expected a positive number: low energy is good"
+        )
     negative = jax.nn.logsumexp(-negative_energy / temperature, axis=-1)
     # log(1 + Σ exp((E⁺ - E⁻)/T)) keeps its digits where the loss is small.
     return jax.nn.softplus(negative + positive_energy / temperature)

@@ -105,7 +105,8 @@ def gaussian_mixture_proposal(
         The draws ``[*batch, num, dim]`` and ``log q`` ``[*batch, num]``.
 
     Raises:
-        ValueError: if there is no scale, or ``box_weight`` is not between 0 and 1.
+        ValueError: if there is no scale or one that is not positive, or ``box_weight`` is
+            not between 0 and 1.
 
     Example:
         >>> mean, std = jnp.zeros((5, 2)), jnp.ones((5, 2))
@@ -193,6 +194,8 @@ def _check_mixture(
 ) -> jax.Array:
     if len(scales) == 0:
         raise ValueError("scales is empty; expected at least one factor, such as 1.0")
+    if not isinstance(scales, jax.Array) and not all(scale > 0 for scale in scales):
+        raise ValueError(f"scales={tuple(scales)}; expected positive factors of std")
     if box is not None and not 0 < box_weight < 1:
         raise ValueError(
             f"box_weight={box_weight}; expected between 0 and 1, or box=None for no box"

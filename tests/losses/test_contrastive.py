@@ -160,3 +160,9 @@ def test_losses_are_per_example_and_stay_float32(loss):
         result = loss(*arrays)
         assert result.shape == (4, 2)
         assert result.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperatures_that_are_not_positive_are_refused(temperature):
+    with pytest.raises(ValueError, match="temperature="):
+        info_nce(jnp.zeros(2), jnp.zeros((2, 3)), temperature=temperature)

@@ -144,6 +144,7 @@ def test_draws_send_no_gradient_into_the_head():
     ("scales", "options", "message"),
     [
         ((), {}, "scales is empty"),
+        ((1.0, -3.0), {}, r"scales=\(1.0, -3.0\)"),
         ((1.0,), {"box": (-1.0, 1.0), "box_weight": 0.0}, "box_weight=0.0"),
         ((1.0,), {"box": (-1.0, 1.0), "box_weight": 1.0}, "box_weight=1.0"),
     ],
