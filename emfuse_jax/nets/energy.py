@@ -59,7 +59,7 @@ def conditional_energy(
         activation: elementwise; smooth ones give smooth chains.
 
     Raises:
-        ValueError: if there is no hidden layer.
+        ValueError: if there is no hidden layer, or an empty one.
 
     Example:
         >>> network = conditional_energy((64, 64))
@@ -71,6 +71,8 @@ def conditional_energy(
     """
     if not hidden_sizes:
         raise ValueError("conditional_energy needs at least one hidden size, got none")
+    if min(hidden_sizes) < 1:
+        raise ValueError(f"layer sizes {tuple(hidden_sizes)} must all be positive")
     module = _ConditionalEnergy(tuple(hidden_sizes), activation)
 
     def project(params: Params, condition: jax.Array) -> jax.Array:

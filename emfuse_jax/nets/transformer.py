@@ -222,6 +222,10 @@ def energy_transformer(
     """
     module = _backbone(config, action_size, num_frames, horizon, timed=False)
 
+    def init(key: jax.Array, observation: jax.Array, action: jax.Array) -> Params:
+        _check_observation(observation, num_frames)
+        return module.init(key, observation, action)
+
     def apply(
         params: Params, observation: jax.Array, action: jax.Array
     ) -> Float[Array, "*batch"]:
@@ -237,7 +241,7 @@ def energy_transformer(
     ) -> Float[Array, "*batch"]:
         return jnp.asarray(module.apply(params, memory, action, method="energy"))
 
-    return EnergyTransformer(module.init, apply, project, energy)
+    return EnergyTransformer(init, apply, project, energy)
 
 
 def transformer_denoiser(

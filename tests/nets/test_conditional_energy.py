@@ -80,3 +80,5 @@ def test_gradient_by_the_target_is_the_finite_difference(network, params):
 def test_needs_a_hidden_layer():
     with pytest.raises(ValueError, match="at least one hidden size"):
         conditional_energy(())
+    with pytest.raises(ValueError, match=r"\(8, 0\)"):
+        conditional_energy((8, 0))
