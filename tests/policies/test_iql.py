@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from emfuse_jax import tree
 from emfuse_jax.envs import toy
-from emfuse_jax.loops import fit
 from emfuse_jax.policies.iql import (
     IqlConfig,
     IqlCriticsConfig,
@@ -18,7 +16,7 @@ from emfuse_jax.policies.iql import (
     iql,
     iql_critics,
 )
-from policies._probes import random_transitions
+from policies._probes import train_on_probes
 
 pytestmark = pytest.mark.allow_rank_promotion  # distrax
 
@@ -124,23 +122,8 @@ def trained():
     """Functions of (probe, observation, action) after one program trained them all."""
     spec = toy.constant_reward().spec
     policy, critics = iql(CONFIG, spec), iql_critics(CONFIG.critics, spec)
-    draw = jax.jit(random_transitions, static_argnums=1)
-    data = tree.stack(
-        [draw(jax.random.key(i), getattr(toy, n)()) for i, n in enumerate(PROBES)]
-    )
-
-    def sample(key, arrays):
-        index = jax.random.randint(key, (64,), 0, arrays.reward.shape[0])
-        return jax.tree.map(lambda leaf: leaf[index], arrays)
-
-    def train(key, arrays):
-        key_init, key_run = jax.random.split(key)
-        state = policy.init(key_init)
-        return fit(key_run, policy, state, sample, 1000, data=arrays)[0].params
-
-    keys = jax.random.split(jax.random.key(0), len(PROBES))
-    params = tree.unstack(jax.jit(jax.vmap(train))(keys, data))
-    params = dict(zip(PROBES, params, strict=True))
+    states, _ = train_on_probes(policy, PROBES)
+    params = {name: state.params for name, state in states.items()}
 
     def q(name, s, a):
         return float(critics.q(params[name].critics, jnp.array([s]), jnp.array([a])))

@@ -4,17 +4,14 @@ All probes have one observation and one action, so one compiled program trains t
 by side, as a vmapped axis, on transitions from uniform random actions.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emfuse_jax import tree
 from emfuse_jax.envs import toy
-from emfuse_jax.loops import fit
 from emfuse_jax.nets.critic import q_ensemble
 from emfuse_jax.policies.sac import SacConfig, sac
-from policies._probes import random_transitions
+from policies._probes import train_on_probes
 
 DISCOUNT = 0.5
 PROBES = (
@@ -39,35 +36,16 @@ CONFIG = SacConfig(
 @pytest.fixture(scope="module")
 def trained():
     policy = sac(CONFIG, toy.constant_reward().spec)
-    data = tree.stack(
-        [
-            jax.jit(random_transitions, static_argnums=1)(
-                jax.random.key(i), getattr(toy, name)()
-            )
-            for i, name in enumerate(PROBES)
-        ]
-    )
-
-    def sample(key, arrays):
-        index = jax.random.randint(key, (64,), 0, arrays.reward.shape[0])
-        return jax.tree.map(lambda leaf: leaf[index], arrays)
-
-    def train(key, arrays):
-        key_init, key_run = jax.random.split(key)
-        state = policy.init(key_init)
-        return fit(key_run, policy, state, sample, 1000, data=arrays)[0]
-
-    keys = jax.random.split(jax.random.key(0), len(PROBES))
-    states = jax.jit(jax.vmap(train))(keys, data)
+    states, data = train_on_probes(policy, PROBES)
     critic = q_ensemble(CONFIG.num_critics, CONFIG.hidden_sizes)
 
     def value(name, observation, action):
-        params = tree.unstack(states.params)[PROBES.index(name)]
+        params = states[name].params
         row = (jnp.array([observation]), jnp.array([action]))
         return float(critic.apply(params.critic, *row).min())
 
     def action(name, observation):
-        params = tree.unstack(states.params)[PROBES.index(name)]
+        params = states[name].params
         row = jnp.array([observation])
         return float(policy.act(params, None, row, deterministic=True)[0])
 
