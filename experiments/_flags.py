@@ -94,8 +94,9 @@ def parse(
     if extra:
         raise ValueError(f"unexpected argument {extra[0]!r}; flags are --name=value")
     config = config_from_flags(config_cls, values, base=base)
-    common_names = ("on_divergence", "dry_run", "devices")
-    chosen = {name: values[name].value for name in common_names if name in values}
+    # Not by what is there: a config may have a field of such a name.
+    names = [*["on_divergence", "dry_run"] * trains, *["devices"] * shares]
+    chosen = {name: values[name].value for name in names}
     return Parsed(config, values.traceback, **chosen)
 
 
