@@ -53,6 +53,10 @@ def _quick_compile():
     finally:
         _quick.pop()
         jax.config.update("jax_disable_most_optimizations", bool(_quick))
+        if not _quick:
+            # What is compiled does not know how: a later module, which compares with
+            # another process bit by bit, would be given it.
+            jax.clear_caches()
 
 
 _RELAXED = {

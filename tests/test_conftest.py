@@ -1,12 +1,11 @@
 """The checks of conftest.py fire, and its markers relax them."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _standard_errors
 from emfuse_jax import numerics
 
 
@@ -56,9 +55,9 @@ def test_annotations_can_be_switched_off():
 
 def test_assert_mean_close_knows_the_standard_error():
     draws = np.random.default_rng(0).normal(size=(10_000, 2))
-    error = _statistics.assert_mean_close(draws, [0.0, 0.0])
+    error = _standard_errors.assert_mean_close(draws, [0.0, 0.0])
     np.testing.assert_allclose(error, 0.01, rtol=0.05)
     with pytest.raises(AssertionError, match="standard"):
-        _statistics.assert_mean_close(draws, [0.0, 0.1])
+        _standard_errors.assert_mean_close(draws, [0.0, 0.1])
     # A hundred times fewer independent draws: the same distance is no evidence.
-    _statistics.assert_mean_close(draws, [0.0, 0.1], effective_size=100)
+    _standard_errors.assert_mean_close(draws, [0.0, 0.1], effective_size=100)

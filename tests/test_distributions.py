@@ -1,12 +1,11 @@
 """The tanh-normal against quadrature, scipy and its own pre-image."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+import _standard_errors
 from emfuse_jax import distributions
 
 MEAN, LOG_STD = jnp.array([[0.3]]), jnp.array([[-0.5]])
@@ -44,7 +43,7 @@ def test_sample_mean_is_the_quadrature_mean():
     u = np.linspace(-8, 8, 20001)
     weights = stats.norm(0.3, np.exp(-0.5)).pdf(u)
     expected = (np.tanh(u) * weights).sum() / weights.sum()
-    error = _statistics.assert_mean_close(action[:, 0], expected)
+    error = _standard_errors.assert_mean_close(action[:, 0], expected)
     assert abs(np.tanh(0.3) - expected) > 4 * error
 
 
@@ -81,4 +80,4 @@ def test_mode_is_the_median():
         jax.random.key(2), jnp.full((20000, 1), 0.3), jnp.full((20000, 1), -0.5)
     )
     below = (action[:, 0] < distributions.mode(jnp.full(1, 0.3))).astype(jnp.float32)
-    _statistics.assert_mean_close(below, 0.5)
+    _standard_errors.assert_mean_close(below, 0.5)

@@ -338,7 +338,8 @@ def _checked(box: ActionBox, action_size: int) -> ActionBox:
             "dimension of an action"
         )
     traced = isinstance(box.low, Tracer) or isinstance(box.high, Tracer)
-    if not traced and not bool(jnp.all(box.low < box.high)):
+    # NumPy's: jnp would trace the comparison of known bounds, too, where init is jitted.
+    if not traced and not np.all(np.asarray(box.low) < np.asarray(box.high)):
         raise ValueError(
             f"the box reaches from {box.low} to {box.high}; expected low < high in every "
             "dimension, see action_box"

@@ -20,7 +20,7 @@ def argv(tmp_path_factory):
         "--dims=1",
         "--methods=mse",
         "--demonstrations=8",
-        "--scale=0.0025",
+        "--scale=0.001",
         "--episodes=20",
         "--step_function=false",
         f"--work={folder / 'parts'}",

@@ -1,7 +1,6 @@
-from _statistics import assert_mean_close
-
 import numpy as np
 
+from _standard_errors import assert_mean_close
 from emfuse_jax.data.dataset import episode_bounds
 from emfuse_jax.data.synthetic import bump, linear_gaussian
 

@@ -1,7 +1,5 @@
 """Windows, slices and coordinates: nothing crosses an episode, every lag its scale."""
 
-from _statistics import assert_mean_close
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from _standard_errors import assert_mean_close
 from emfuse_jax.base import History
 from emfuse_jax.data.dataset import make_dataset
 from emfuse_jax.dynamics import Batch, fit_scales, make_slices, sample_windows

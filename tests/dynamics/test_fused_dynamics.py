@@ -1,13 +1,12 @@
 """Fused dynamics: the closed-form pool of Gaussians, and the identities of any pool."""
 
-from _statistics import assert_mean_close
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from _gaussian_expert import PRECISE, gaussian_model, linear_model, make_history
+from _standard_errors import assert_mean_close
 from emfuse_jax import tree
 from emfuse_jax.base import History, SpaceSpec
 from emfuse_jax.data.normalizer import Normalizer

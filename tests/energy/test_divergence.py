@@ -1,12 +1,11 @@
 """Divergences against scipy, Monte Carlo and each other."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+import _standard_errors
 from emfuse_jax import energy
 from emfuse_jax.energy import Gaussian, gaussian_log_prob, pool_gaussians
 
@@ -64,7 +63,7 @@ def test_gaussian_kl_is_the_mean_log_ratio():
         jnp.broadcast_to(p.variance, noise.shape)
     )
     ratios = gaussian_log_prob(p, draws) - gaussian_log_prob(q, draws)
-    error = _statistics.assert_mean_close(ratios, gaussian_kl(p, q))
+    error = _standard_errors.assert_mean_close(ratios, gaussian_kl(p, q))
     assert np.abs(gaussian_kl(q, p) - gaussian_kl(p, q)) > 10 * error
     np.testing.assert_allclose(gaussian_kl(p, p), 0.0, atol=1e-6)
 

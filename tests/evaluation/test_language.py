@@ -1,6 +1,5 @@
 import functools
 import itertools
-from _statistics import assert_mean_close
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from _lm_models import TINY, random_params, random_tokens
+from _standard_errors import assert_mean_close
 from _table_lm import table_law, table_lm, table_params, table_scores
 from emfuse_jax.evaluation.language import (
     bits_per_byte,

@@ -1,5 +1,4 @@
 import functools
-from _statistics import assert_mean_close
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 
 from _lm_models import TINY, random_params, random_tokens
+from _standard_errors import assert_mean_close
 from _table_lm import scripted_params, table_law, table_lm, table_params, table_scores
 from emfuse_jax.llm import language_model, logits
 from emfuse_jax.llm.decode import (

@@ -1,10 +1,9 @@
-from _statistics import assert_mean_close
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from _standard_errors import assert_mean_close
 from emfuse_jax.llm.filters import (
     check_filters,
     filter_logits,

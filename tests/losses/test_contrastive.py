@@ -1,13 +1,12 @@
 """Contrastive losses: closed forms, gradients and what they converge to."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import _standard_errors
 from emfuse_jax.losses import contrastive_divergence, info_nce, ranking_nce
 
 RNG = np.random.default_rng(0)
@@ -145,7 +144,7 @@ def test_contrastive_divergence_is_the_likelihood_gradient():
         return jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, data, draws)
 
     samples = np.stack(gradients((mean, 1 / variance)), axis=-1)
-    error = _statistics.assert_mean_close(samples, [0.0, 0.0])
+    error = _standard_errors.assert_mean_close(samples, [0.0, 0.0])
     wrong = np.stack(gradients((0.5, 0.6)), axis=-1).mean(0)
     assert (np.abs(wrong) > 10 * error).all()
     # d/dμ -log p = Λ (μ - E y) and d/dΛ = ½ (E (y - μ)² - 1/Λ).

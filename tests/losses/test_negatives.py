@@ -1,13 +1,12 @@
 """Negatives: their law, their density, and that no gradient flows into them."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
+import _standard_errors
 from emfuse_jax.losses import (
     chain_negatives,
     gaussian_mixture_log_prob,
@@ -37,8 +36,8 @@ def test_uniform_negatives_fill_their_box():
     flat = np.asarray(draws).reshape(-1, 2)
     assert (flat >= LOW).all()
     assert (flat <= HIGH).all()
-    _statistics.assert_mean_close(flat, (LOW + HIGH) / 2)
-    _statistics.assert_mean_close(
+    _standard_errors.assert_mean_close(flat, (LOW + HIGH) / 2)
+    _standard_errors.assert_mean_close(
         (flat - (LOW + HIGH) / 2) ** 2, (HIGH - LOW) ** 2 / 12
     )
 
@@ -79,10 +78,10 @@ def test_draws_follow_their_density(draws):
     targets, log_prob = draws
     target = scipy.stats.norm(MEAN, 2 * STD)
     ratio = target.pdf(targets).prod(-1) / np.exp(log_prob)
-    error = _statistics.assert_mean_close(ratio.ravel(), 1.0)
+    error = _standard_errors.assert_mean_close(ratio.ravel(), 1.0)
     assert error < 0.02
     squares = ratio[..., None] * ((targets - MEAN) / (2 * STD)) ** 2
-    _statistics.assert_mean_close(squares.reshape(-1, 2), [1.0, 1.0])
+    _standard_errors.assert_mean_close(squares.reshape(-1, 2), [1.0, 1.0])
     # Without the box the density of the same draws would not do.
     inside = np.exp(log_prob) - WEIGHT / (HIGH - LOW).prod()
     wrong = target.pdf(targets).prod(-1) / (inside / (1 - WEIGHT))
@@ -95,7 +94,7 @@ def test_each_component_has_its_share(draws):
     box = np.stack([LOW, HIGH])
     reach = np.clip(box, MEAN - 48 * STD, MEAN + 48 * STD)
     near = (reach[1] - reach[0]).prod() / (HIGH - LOW).prod()
-    _statistics.assert_mean_close(far.ravel(), WEIGHT * (1 - near), axis=0)
+    _standard_errors.assert_mean_close(far.ravel(), WEIGHT * (1 - near), axis=0)
 
 
 def test_density_at_positives_and_at_draws_agree():

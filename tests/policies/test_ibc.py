@@ -1,6 +1,5 @@
 """Implicit cloning learns the density that its negatives allow, and finds its minimum."""
 
-import _statistics
 import dataclasses
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _standard_errors
 from emfuse_jax import loops
 from emfuse_jax.base import SpaceSpec, Transition
 from emfuse_jax.data.normalizer import Normalizer
@@ -137,7 +137,7 @@ def test_the_stationary_variance_of_the_chain():
     )
     squares = np.asarray(run(jax.random.key(0)).position)[:, 0] ** 2
     expected = rate**2 / (1 - (1 - 0.5 * rate * stiffness) ** 2)  # 0.1026
-    _statistics.assert_mean_close(squares, expected, std=np.sqrt(2) * expected)
+    _standard_errors.assert_mean_close(squares, expected, std=np.sqrt(2) * expected)
     assert abs(squares.mean() / expected - 1) < 0.05
     assert squares.mean() < 0.2  # of exp(-E) it would be 1
 

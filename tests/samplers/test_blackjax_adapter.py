@@ -1,13 +1,12 @@
 """blackjax's kernels and diagnostics behind our interface."""
 
-import _statistics
-
 import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _standard_errors
 from emfuse_jax.loops import run_sampler
 from emfuse_jax.samplers import (
     effective_sample_size,
@@ -36,7 +35,7 @@ def test_mala_is_unbiased_where_ula_is_not():
     """The same h = 0.5 at which ULA settles at 4/3."""
     start = jax.random.normal(jax.random.key(1), (20_000, 1))
     squares = _run(_unit, start, 30, step_size=0.5) ** 2
-    error = _statistics.assert_mean_close(squares, 1.0, std=np.sqrt(2))
+    error = _standard_errors.assert_mean_close(squares, 1.0, std=np.sqrt(2))
     assert 20 * error < 1 / 3
 
 
@@ -46,7 +45,9 @@ def test_two_wells_are_occupied_as_quadrature_says():
     left = density[grid < 0].sum() / density.sum()
     start = jnp.where(jnp.arange(4000) % 2 == 0, 1.0, -1.0)[:, None]
     in_left = _run(_two_wells, start, 150, step_size=0.3) < 0
-    error = _statistics.assert_mean_close(in_left, left, std=np.sqrt(left * (1 - left)))
+    error = _standard_errors.assert_mean_close(
+        in_left, left, std=np.sqrt(left * (1 - left))
+    )
     assert left - 0.5 > 10 * error
 
 

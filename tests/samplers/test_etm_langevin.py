@@ -1,12 +1,11 @@
 """The chain of energy transition models: its schedule, its reach and its floor."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _standard_errors
 from emfuse_jax.energy import pool_energies
 from emfuse_jax.loops import run_sampler
 from emfuse_jax.samplers import etm_langevin, etm_schedule
@@ -107,7 +106,7 @@ def test_only_noisy_chains_have_a_floor():
     for rate in np.asarray(jax.vmap(etm_schedule(30, 0.1, 1e-5))(jnp.arange(30))):
         variance = (1 - 2 * rate) ** 2 * variance + (0.5 * rate) ** 2
     squares = (noisy[:, 0] - noisy.mean()) ** 2
-    _statistics.assert_mean_close(squares, variance, std=np.sqrt(2) * variance)
+    _standard_errors.assert_mean_close(squares, variance, std=np.sqrt(2) * variance)
     assert noisy.std() > 0.02
 
 

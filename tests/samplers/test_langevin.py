@@ -1,12 +1,11 @@
 """Unadjusted and annealed Langevin against what theory says of them."""
 
-import _statistics
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _standard_errors
 from emfuse_jax.loops import run_sampler, scan_steps
 from emfuse_jax.samplers import annealed_langevin, ula
 
@@ -63,9 +62,9 @@ def stationary():
 def test_ula_has_its_own_stationary_variance(stationary):
     expected = 1 / (1 - 0.5 / 2)
     std = np.sqrt(2) * expected  # of a squared Gaussian
-    error = _statistics.assert_mean_close(stationary**2, expected, std=std)
+    error = _standard_errors.assert_mean_close(stationary**2, expected, std=std)
     assert expected - 1 > 20 * error  # the unbiased value is told apart
-    _statistics.assert_mean_close(stationary, 0.5**12, std=np.sqrt(expected))
+    _standard_errors.assert_mean_close(stationary, 0.5**12, std=np.sqrt(expected))
 
 
 def test_ula_temperature_scales_the_stationary_variance():
@@ -73,7 +72,7 @@ def test_ula_temperature_scales_the_stationary_variance():
     state, _ = _run(jax.random.key(2), sampler, jnp.zeros((20_000, 1)), 12)
     expected = 0.25 / (1 - 0.5 / 2)
     squares = np.asarray(state.position[:, 0]) ** 2
-    _statistics.assert_mean_close(squares, expected, std=np.sqrt(2) * expected)
+    _standard_errors.assert_mean_close(squares, expected, std=np.sqrt(2) * expected)
 
 
 def test_ula_has_weak_order_one():
