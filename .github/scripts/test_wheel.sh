@@ -11,7 +11,7 @@ away=$2
 shift 2
 root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$away"
-cp -R "$root/tests" "$root/experiments" "$root/benchmarks" "$away"
+cp -R "$root/tests" "$root/experiments" "$root/benchmarks" "$root/slurm" "$away"
 cp "$root/setup.cfg" "$root/README.md" "$root/WORKSPACE.md" "$root/Makefile" "$away"
 rm -rf "$away/tests/architecture" "$away/tests/docs"
 cd "$away"

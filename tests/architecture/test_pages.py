@@ -46,6 +46,19 @@ def test_the_readme_example_runs():
     assert scope["result"][0, 0] == pytest.approx(0.5 * -1.0 / 0.25)
 
 
+def test_the_wheel_is_tested_beside_all_that_tests_read():
+    """The release copies the tests elsewhere, with the places that they name."""
+    script = (ROOT / ".github" / "scripts" / "test_wheel.sh").read_text()
+    copied = set(re.findall(r"\$root/([\w.]+)", script))
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.relative_to(ROOT).parts[1] in ("architecture", "docs"):
+            continue  # these are of the checkout, and stay behind
+        for name in re.findall(
+            r'(?:ROOT|TESTS\.parent) / "([\w.]+)"', path.read_text()
+        ):
+            assert name in copied, f"{path} reads {name}"
+
+
 def test_the_licence_is_the_whole_one():
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text
