@@ -14,6 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from emfuse_jax.data._hdf5 import (
+    RefusedError,
+    check_sizes,
+    import_h5py,
+    own_entry,
+)
 from emfuse_jax.data.dataset import Dataset, make_dataset
 
 KEYS = (
@@ -24,9 +30,6 @@ KEYS = (
     "terminals",
     "timeouts",
 )
-
-# Arrays may take this many bytes, and more by this factor on the file's own size.
-_ROOM, _RATIO = 2**26, 200
 
 
 def read_d4rl(path: str | pathlib.Path, *, min_length: int = 1) -> Dataset:
@@ -77,7 +80,7 @@ def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         >>> read_arrays(path)["actions"].shape
         (20, 2)
     """
-    h5py = _import_h5py()
+    h5py = import_h5py()
     if not pathlib.Path(path).is_file():
         beside = sorted(p.name for p in pathlib.Path(path).parent.glob("*.hdf5"))
         raise FileNotFoundError(
@@ -88,9 +91,9 @@ def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with h5py.File(path, "r") as file:
             found = _datasets(file)
-            _check_sizes(path, found)
+            check_sizes(path, found.values())
             return {key: np.asarray(dataset[()]) for key, dataset in found.items()}
-    except _RefusedError as error:
+    except RefusedError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # h5py raises what it likes on damaged files
         raise ValueError(
@@ -111,7 +114,7 @@ def read_attributes(path: str | pathlib.Path) -> dict[str, Any]:
         >>> int(read_attributes(path)["seed"])
         3
     """
-    h5py = _import_h5py()
+    h5py = import_h5py()
     try:
         with h5py.File(path, "r") as file:
             return dict(file.attrs)
@@ -152,7 +155,7 @@ def write_d4rl(
         >>> read_d4rl(path).observation.shape
         (20, 3)
     """
-    h5py = _import_h5py()
+    h5py = import_h5py()
     path = pathlib.Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(
@@ -198,41 +201,11 @@ def dataset_arrays(dataset: Dataset) -> dict[str, np.ndarray]:
     }
 
 
-class _RefusedError(Exception):
-    """Something that a file of data has no need of, and that could do harm."""
-
-
 def _datasets(file: Any) -> dict[str, Any]:
     """The arrays at the top that lie in this very file."""
-    h5py = _import_h5py()
-    found = {}
-    for key in file:
-        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
-            raise _RefusedError(
-                f"{key!r} is a link; copy the array that it points to into the file"
-            )
-        value = file[key]
-        if not isinstance(value, h5py.Dataset):
-            continue
-        if value.is_virtual or value.external:
-            raise _RefusedError(
-                f"the values of {key!r} lie in other files; copy them into this one"
-            )
-        found[key] = value
-    return found
-
-
-def _check_sizes(path: str | pathlib.Path, found: Mapping[str, Any]) -> None:
-    """Before anything is allocated: a few bytes can claim to be an array of terabytes."""
-    size = sum(
-        int(dataset.size or 0) * dataset.dtype.itemsize for dataset in found.values()
-    )
-    stored = pathlib.Path(path).stat().st_size
-    if size > _ROOM + _RATIO * stored:
-        raise _RefusedError(
-            f"its arrays claim {size} bytes, the file has {stored}; it is damaged, or "
-            "compressed beyond what data are"
-        )
+    h5py = import_h5py()
+    entries = {key: own_entry(file, key) for key in file}
+    return {k: v for k, v in entries.items() if isinstance(v, h5py.Dataset)}
 
 
 def _derive_next(given: dict[str, Any], source: str) -> dict[str, Any]:
@@ -249,13 +222,3 @@ def _derive_next(given: dict[str, Any], source: str) -> dict[str, Any]:
         "terminals": np.zeros(len(keep), bool),
         "timeouts": last[keep + 1],
     }
-
-
-def _import_h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            "HDF5 files need h5py; pip install h5py, or use --format=minari"
-        ) from error
-    return h5py

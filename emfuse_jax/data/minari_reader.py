@@ -8,6 +8,7 @@ Reference: https://minari.farama.org.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -18,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from emfuse_jax.data._hdf5 import RefusedError, check_nested
 from emfuse_jax.data.dataset import Dataset, episode_bounds, make_dataset
 
 _PATH_VARIABLE = "MINARI_DATASETS_PATH"
+_PER_STEP = ("rewards", "terminations", "truncations")
 _NETWORK_VARIABLES = ("MINARI_REMOTE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy")
 
 
@@ -36,30 +39,24 @@ def read_minari(
 
     Raises:
         FileNotFoundError: if it is neither local nor can be had; names the local ones.
-        ValueError: if observations or actions are not flat boxes, or for what
-            `make_dataset` refuses.
+        ValueError: if the local copy is damaged, or its arrays lie elsewhere, if
+            observations or actions are not flat boxes, or for what `make_dataset` refuses.
     """
     minari = _import_minari()
     with _minari_root(root) as folder:
         if not (folder / dataset_id / "data").is_dir():
             _download(minari, dataset_id, folder)
         try:
+            _check_files(folder / dataset_id / "data")
             episodes = list(minari.load_dataset(dataset_id).iterate_episodes())
-        except (OSError, RuntimeError, KeyError) as error:
+        except ImportError:  # of what a format needs
+            raise
+        except Exception as error:  # minari and h5py raise what they like on damage
             raise ValueError(
                 f"{dataset_id}: the local copy in {folder} cannot be read ({error}); "
                 "delete that folder and fetch the data set again"
             ) from error
-    if not episodes:
-        raise ValueError(f"{dataset_id}: no episodes")
-    for name in ("observations", "actions"):
-        value = getattr(episodes[0], name)
-        if not isinstance(value, np.ndarray) or value.ndim != 2:
-            raise ValueError(
-                f"{dataset_id}: {name} are {type(value).__name__}"
-                f"{getattr(value, 'shape', '')}; expected flat vectors [steps, size]. "
-                "Flatten that space and write the data set again"
-            )
+    _check_episodes(dataset_id, episodes)
     timeouts = [_ends(episode.truncations) for episode in episodes]
     return make_dataset(
         observations=np.concatenate([e.observations[:-1] for e in episodes]),
@@ -127,6 +124,45 @@ def local_datasets(root: str | pathlib.Path | None = None) -> list[str]:
     """Ids of the data sets that are on this machine."""
     with _minari_root(root):
         return sorted(_import_minari().list_local_datasets())
+
+
+def _check_files(data: pathlib.Path) -> None:
+    """Before Minari opens them: episodes that are not there, and arrays that lead out of
+    the file or claim to be far larger than it."""
+    for path in data.glob("*.hdf5"):
+        count = check_nested(path)
+        told = json.loads((data / "metadata.json").read_text())["total_episodes"]
+        if told > count:
+            raise RefusedError(
+                f"metadata.json tells of {told} episodes, {path.name} has {count}"
+            )
+
+
+def _check_episodes(dataset_id: str, episodes: list[Any]) -> None:
+    if not episodes:
+        raise ValueError(f"{dataset_id}: no episodes")
+    for number, episode in enumerate(episodes):
+        for name in ("observations", "actions"):
+            value = getattr(episode, name)
+            if not isinstance(value, np.ndarray) or value.ndim != 2:
+                raise ValueError(
+                    f"{dataset_id}: {name} are {type(value).__name__}"
+                    f"{getattr(value, 'shape', '')}; expected flat vectors [steps, size]. "
+                    "Flatten that space and write the data set again"
+                )
+        steps = len(episode.actions)
+        lengths = {
+            "observations": len(episode.observations) - 1,
+            **{n: np.shape(getattr(episode, n)) for n in _PER_STEP},
+        }
+        expected = {"observations": steps, **dict.fromkeys(_PER_STEP, (steps,))}
+        if steps < 1 or lengths != expected:
+            raise ValueError(
+                f"{dataset_id}: episode {number} has {steps} actions, "
+                f"{len(episode.observations)} observations and "
+                f"{', '.join(f'{n} {lengths[n]}' for n in _PER_STEP)}; expected one number "
+                "per action, and one observation more"
+            )
 
 
 def _download(minari: Any, dataset_id: str, folder: pathlib.Path) -> None:

@@ -2,9 +2,12 @@ import os
 import warnings
 
 import h5py
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
+from benchmarks._mutations import damage_json
 from emfuse_jax.data import minari_reader
 from emfuse_jax.data.d4rl_reader import (
     dataset_arrays,
@@ -199,6 +202,88 @@ def test_a_damaged_minari_copy_is_refused(tmp_path, minari_data):
     file = next(folder.rglob("*.hdf5"))
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match="test-v0: the local copy"):
+        read_minari("test-v0", root=tmp_path)
+
+
+@pytest.fixture
+def minari_folder(tmp_path, minari_data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return write_minari(minari_data, "test-v0", root=tmp_path) / "data"
+
+
+def test_minari_episodes_whose_arrays_do_not_fit_are_named(tmp_path, minari_folder):
+    for name, keep, words in (
+        ("rewards", slice(0, 2), r"episode 1 has 3 actions.*rewards \(2,\)"),
+        ("truncations", slice(0, 0), r"truncations \(0,\)"),
+        ("observations", slice(0, 3), "3 actions, 3 observations"),
+        ("actions", (slice(0, 3), 0), r"actions are ndarray\(3,\)"),
+    ):
+        with h5py.File(minari_folder / "main_data.hdf5", "r+") as file:
+            group = file["episode_1"]
+            whole = group[name][()]
+            del group[name]
+            group[name] = whole[keep]
+        with pytest.raises(ValueError, match=f"test-v0: .*{words}"):
+            read_minari("test-v0", root=tmp_path)
+        with h5py.File(minari_folder / "main_data.hdf5", "r+") as file:
+            del file["episode_1"][name]
+            file["episode_1"][name] = whole
+    assert len(read_minari("test-v0", root=tmp_path).reward) == 12
+
+
+def test_minari_files_that_lead_elsewhere_or_claim_too_much_are_refused(
+    tmp_path, minari_folder
+):
+    path, other = minari_folder / "main_data.hdf5", tmp_path / "other.hdf5"
+    with h5py.File(other, "w") as file:
+        file["secret"] = np.zeros((5, 2), np.float32)
+    whole = path.read_bytes()
+    link = h5py.ExternalLink(str(other), "secret")
+
+    def replaced(make):
+        def change(group):
+            del group["observations"]
+            make(group)
+
+        return change
+
+    huge = {"shape": (2**40, 2), "dtype": "f4", "chunks": (1024, 2)}
+    for words, change in (
+        ("is a link", replaced(lambda g: g.__setitem__("observations", link))),
+        ("claim", replaced(lambda g: g.create_dataset("observations", **huge))),
+        ("in the file twice", lambda g: g.__setitem__("again", g)),
+    ):
+        path.write_bytes(whole)
+        with h5py.File(path, "r+") as file:
+            change(file["episode_0"])
+        with pytest.raises(ValueError, match=f"test-v0: .*{words}"):
+            read_minari("test-v0", root=tmp_path)
+
+
+def test_damaged_descriptions_of_minari_data_are_read_or_refused(
+    tmp_path, minari_folder
+):
+    path, refused = minari_folder / "metadata.json", []
+    whole = path.read_bytes()
+
+    @hypothesis.given(st.integers(0, 2**32))
+    def check(seed):
+        path.write_bytes(damage_json(np.random.default_rng(seed), whole))
+        try:
+            assert len(read_minari("test-v0", root=tmp_path).reward) <= 12
+        except ValueError as error:
+            refused.append(str(error))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check()
+    assert len(refused) > 5
+    assert all(text.startswith("test-v0: ") for text in refused)
+    path.write_text(
+        whole.decode().replace('"total_episodes": 3', '"total_episodes": 9')
+    )
+    with pytest.raises(ValueError, match=r"tells of 9 episodes, main_data\.hdf5 has 3"):
         read_minari("test-v0", root=tmp_path)
 
 
