@@ -67,6 +67,8 @@ def _hdf5_wholes() -> list[bytes]:
 
     from emfuse_jax.data.d4rl_reader import write_d4rl
 
+    made = {"how": "{}", "seed": 1}
+
     def plain(path: pathlib.Path, **options: Any) -> None:
         with h5py.File(path, "w", **options) as file:
             for key, value in _steps().items():
@@ -75,7 +77,7 @@ def _hdf5_wholes() -> list[bytes]:
             file["note"] = "text"
 
     return [
-        _saved(lambda path: write_d4rl(path, _steps())),
+        _saved(lambda path: write_d4rl(path, _steps(), attributes=made)),
         _saved(plain),
         _saved(functools.partial(plain, libver="latest")),
     ]

@@ -66,7 +66,7 @@ def read_d4rl(path: str | pathlib.Path, *, min_length: int = 1) -> Dataset:
 
 
 def read_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays at the top of the file, by name, unchecked.
+    """All arrays of numbers at the top of the file, by name, unchecked.
 
     Raises:
         FileNotFoundError: if it does not exist.
@@ -117,7 +117,7 @@ def read_attributes(path: str | pathlib.Path) -> dict[str, Any]:
     h5py = import_h5py()
     try:
         with h5py.File(path, "r") as file:
-            return dict(file.attrs)
+            return {name: _attribute(file.attrs, name) for name in file.attrs}
     except FileNotFoundError:
         raise
     except Exception as error:  # as above
@@ -176,7 +176,10 @@ def write_d4rl(
                     compression_opts=4,
                     shuffle=True,
                 )
-            file.attrs.update(attributes or {})
+            for name, value in (attributes or {}).items():
+                # A string of fixed length: see `_attribute`.
+                text = isinstance(value, str)
+                file.attrs[name] = np.bytes_(value.encode()) if text else value
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -202,10 +205,26 @@ def dataset_arrays(dataset: Dataset) -> dict[str, np.ndarray]:
 
 
 def _datasets(file: Any) -> dict[str, Any]:
-    """The arrays at the top that lie in this very file."""
+    """The arrays at the top that lie in this very file, without texts.
+
+    Values of variable length lie in a heap in which libhdf5 loops for ever where the file
+    is damaged.
+    """
     h5py = import_h5py()
     entries = {key: own_entry(file, key) for key in file}
-    return {k: v for k, v in entries.items() if isinstance(v, h5py.Dataset)}
+    arrays = {k: v for k, v in entries.items() if isinstance(v, h5py.Dataset)}
+    texts = [key for key in KEYS if key in arrays and arrays[key].dtype.hasobject]
+    if texts:
+        raise RefusedError(f"{texts[0]!r} holds no numbers; write it as an array of them")
+    return {k: v for k, v in arrays.items() if not v.dtype.hasobject}
+
+
+def _attribute(attributes: Any, name: str) -> Any:
+    """A number or a text of fixed length; others lie in the heap that `_datasets` avoids."""
+    if attributes.get_id(name).dtype.hasobject:
+        raise RefusedError(f"{name!r} has no fixed length")
+    value = attributes[name]
+    return value.decode() if isinstance(value, np.bytes_) else value
 
 
 def _derive_next(given: dict[str, Any], source: str) -> dict[str, Any]:

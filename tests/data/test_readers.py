@@ -65,6 +65,27 @@ def test_hdf5_round_trip_with_attributes(tmp_path):
     assert_equal(data, make_dataset(**dataset_arrays(data)))
 
 
+def test_what_lies_in_the_heap_of_hdf5_is_not_read(tmp_path):
+    path, given = tmp_path / "x.hdf5", arrays()
+    with h5py.File(path, "w") as file:
+        for key, value in given.items():
+            file[key] = value
+        file["note"] = "this text"
+    data = path.read_bytes()
+    # The first object of the heap without a size: libhdf5 would never come to its end.
+    heap = data.index(b"GCOL") + 16
+    assert data[heap + 16 :].startswith(b"this text")
+    path.write_bytes(data[: heap + 8] + b"\0" * 8 + data[heap + 16 :])
+    assert_equal(read_d4rl(path), make_dataset(**given))
+    with h5py.File(path, "w") as file:
+        file["actions"] = ["a", "b"]
+        file.attrs["how"] = "of any length"
+    with pytest.raises(ValueError, match="'actions' holds no numbers"):
+        read_d4rl(path)
+    with pytest.raises(OSError, match="'how' has no fixed length"):
+        read_attributes(path)
+
+
 def test_hdf5_as_published_with_groups_and_other_dtypes(tmp_path):
     given = arrays()
     with h5py.File(tmp_path / "d4rl.hdf5", "w") as file:
