@@ -215,7 +215,9 @@ def _datasets(file: Any) -> dict[str, Any]:
     arrays = {k: v for k, v in entries.items() if isinstance(v, h5py.Dataset)}
     texts = [key for key in KEYS if key in arrays and arrays[key].dtype.hasobject]
     if texts:
-        raise RefusedError(f"{texts[0]!r} holds no numbers; write it as an array of them")
+        raise RefusedError(
+            f"{texts[0]!r} holds no numbers; write it as an array of them"
+        )
     return {k: v for k, v in arrays.items() if not v.dtype.hasobject}
 
 
