@@ -359,7 +359,9 @@ def _whole(data: Mapping[str, Any], key: str, default: int | None = None) -> int
 
 def _number(data: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = data.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    # JSON as Python reads it has Infinity, which is no setting of any model.
+    usual = isinstance(value, int | float) and not isinstance(value, bool)
+    if not usual or not 0 < value < math.inf:
         raise ValueError(f"{key}={value!r}; expected a positive number")
     try:
         return float(value)

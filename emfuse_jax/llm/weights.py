@@ -138,6 +138,11 @@ def load_params(folder: str | os.PathLike[str], config: LmConfig) -> Params:
     """
     folder = _existing(folder)
     stored = _open(folder)
+    if config.num_layers > len(stored):  # before anything is made for each of them
+        raise ValueError(
+            f"{folder}: the config asks for {config.num_layers} layers, but there are "
+            f"{len(stored)} tensors in all; the config is of another model, or damaged"
+        )
     slots = _slots(config)
     if config.tied:
         _drop_tied_head(folder, stored)

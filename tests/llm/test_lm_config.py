@@ -126,6 +126,8 @@ def test_round_trip(name):
         ({"rope_scaling": [2.0]}, "expected an object"),
         ({"rope_parameters": {"rope_type": "default"}}, "disagree"),
         ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": 2048.0}, "hidden_size=2048.0; expected an int"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),

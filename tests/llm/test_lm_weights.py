@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ import pytest
 from _lm_models import TINY, families, random_params
 from emfuse_jax.llm import (
     ByteTokenizer,
+    fuse_language_models,
+    generate,
     language_model,
     load_language_model,
     load_params,
+    pad_left,
     save_pretrained,
+    uniform,
 )
 from emfuse_jax.llm.tensors import read_tensors, write_tensors
 
@@ -132,6 +137,45 @@ def test_missing_unused_and_misshapen_tensors_are_refused(saved):
         with pytest.raises(ValueError, match=text) as caught:
             load_language_model(folder)
         assert str(folder) in str(caught.value)
+
+
+def test_a_number_of_layers_that_no_file_holds_is_refused_at_once(saved):
+    """Nothing is made for each of them: there is no memory for so many."""
+    folder, _ = saved
+    path = folder / "config.json"
+    data = json.loads(path.read_text()) | {"num_hidden_layers": 10**12}
+    path.write_text(json.dumps(data))
+    text = "asks for 1000000000000 layers, but there are 29 tensors"
+    with pytest.raises(ValueError, match=text) as caught:
+        load_language_model(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_neither_torch_nor_transformers_is_needed(saved, monkeypatch):
+    """Modules that are None cannot be imported; the linter sees to imports at the top."""
+    for name in (
+        "torch",
+        "transformers",
+        "safetensors",
+        "tokenizers",
+        "huggingface_hub",
+    ):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder, _ = saved
+    ByteTokenizer().save(folder)
+    loaded = load_language_model(folder)
+    save_pretrained(folder / "again", loaded.params, loaded.config)
+    again = load_language_model(folder / "again")
+    assert again.model is loaded.model
+    fused = fuse_language_models([loaded.model] * 2, uniform())
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("abc")) == "abc"
+    tokens, valid = pad_left([[1, 2, 3]])
+
+    def write(params):
+        key = jax.random.key(0)
+        return generate(params, key, fused, tokens, valid, 2, temperature=0.0).tokens
+
+    assert jax.jit(write)((loaded.params, again.params)).shape == (1, 2)
 
 
 def test_a_tied_head_may_be_stored_if_it_is_the_same(tmp_path):
