@@ -217,5 +217,6 @@ def _check_vocabulary(
         if mapping.expert_size > size:
             raise ValueError(
                 f"the map of expert {index} is for {mapping.expert_size} tokens, the "
-                f"model has {size}; give the maps in the order of the models"
+                f"model has {size}; give the maps in the order of the models, and "
+                "tokenizers that have no token beyond their model's embedding"
             )
