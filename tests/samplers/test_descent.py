@@ -76,6 +76,21 @@ def test_a_row_stops_by_its_own_gradient_and_not_by_its_neighbours():
     )  # what the batch's norm would say
 
 
+def test_seeds_descend_together_as_they_do_alone():
+    """Under vmap one loop runs until the slowest seed has stopped; the others stay."""
+    start = jnp.array([[[0.01], [1.0]], [[10.0], [0.1]]])
+
+    def one(start):
+        return minimize(KEY, bowl, descent(bowl, 0.3), start, 99, tolerance=1e-3)
+
+    together, alone = jax.jit(jax.vmap(one))(start), jax.jit(one)
+    assert together.num_steps.tolist() == [[7, 20], [26, 13]]
+    for seed in range(2):
+        end = alone(start[seed])
+        for found, expected in zip(together, end, strict=True):
+            np.testing.assert_allclose(found[seed], expected, rtol=1e-6)
+
+
 def test_the_bound_on_steps_holds_and_no_tolerance_takes_them_all():
     start = jnp.array([[0.01], [0.1], [1.0], [10.0]])
     assert stopped(start, 0.3, 1e-3, max_steps=10).num_steps.tolist() == [7, 10, 10, 10]
@@ -222,7 +237,10 @@ def test_derivatives_through_the_descent(num_steps, detach):
         central = jnp.stack([(loss(theta + s) - loss(theta - s)) / 2e-5 for s in step])
     through = np.allclose(gradient, central, rtol=1e-6)
     assert through != detach
-    np.testing.assert_allclose(gradient, VALUES[num_steps, detach], atol=6e-5)
+    # The former are known to seven digits, the latter to four.
+    np.testing.assert_allclose(
+        gradient, VALUES[num_steps, detach], atol=6e-5 if detach else 6e-7
+    )
 
 
 def test_energies_do_not_rise_below_the_inverse_curvature():
