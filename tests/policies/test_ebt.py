@@ -294,6 +294,40 @@ def test_both_modes_survive_where_the_nearest_of_several_ends_is_trained():
     assert float(metrics["rise_rate"][-1]) < 0.05
 
 
+def test_a_curve_is_learned_and_energies_tell_recorded_actions_from_disturbed_ones():
+    """The descent ends on the curve, lower than it began, whatever the observation."""
+    updates = 1000
+    config = EbtConfig(
+        start_noise=(0.0, 1.0),
+        learning_rate=3e-3,
+        warmup_steps=20,
+        decay_steps=updates,
+    )
+    spec, network = SpaceSpec(1, 1), conditional_energy((64, 64))
+    policy = ebt_policy(config, spec, network=network)
+    refine = ebt_refine(config, spec, network=network)
+
+    def sample(key, data):
+        del data
+        observation = jax.random.uniform(key, (64, 1), minval=-1.0)
+        return batch_of(observation, 0.8 * jnp.sin(3 * observation))
+
+    @jax.jit
+    def train(key):
+        state = policy.init(key)
+        state, _ = loops.fit(key, policy, state, sample, updates, chunk=updates)
+        observation = jnp.linspace(-1.0, 1.0, 1000)[:, None]
+        right = 0.8 * jnp.sin(3 * observation)
+        wrong = right + 0.3 * jax.random.normal(jax.random.key(9), right.shape)
+        energy = [policy.energy(state.params, observation, a) for a in (right, wrong)]
+        return right, energy, refine(state.params, key, observation)
+
+    right, (recorded, disturbed), end = train(jax.random.key(0))
+    assert np.mean(np.square(end.action - right)) < 1e-3
+    assert np.mean(end.energy < end.start_energy) > 0.99
+    assert np.mean(recorded < disturbed) > 0.95
+
+
 def test_the_transformer_of_chunks_is_the_default_network():
     sizes = TransformerConfig(num_layers=1, features=8, num_heads=2)
     config = EbtConfig(network=sizes, num_frames=2, horizon=4, num_candidates=3)
