@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from emfuse_jax import tree
+from emfuse_jax import loops, tree
 from emfuse_jax.base import SpaceSpec, Transition
 from emfuse_jax.nets.denoiser import DenoiserConfig
 from emfuse_jax.nets.energy import conditional_energy
@@ -77,6 +77,35 @@ def test_one_row_and_any_batch_axes_will_do(name):
         assert action.dtype == jnp.float32
     with pytest.raises(ValueError, match=r"act\(key=None\)"):
         jax.eval_shape(lambda p: policy.act(p, None, observation), state.params)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_seeds_are_an_axis_and_a_run_of_any_length_is_one_trace(name):
+    policy, traced = POLICIES[name](), []
+
+    def update(key, state, batch):
+        traced.append(1)
+        return policy.update(key, state, batch)
+
+    counted = policy._replace(update=update)
+
+    def train(key):
+        key_init, key_fit, key_act = jax.random.split(key, 3)
+        state, metrics = loops.fit(
+            key_fit,
+            counted,
+            policy.init(key_init),
+            lambda k, _: rows_of((4,)),
+            6,
+            chunk=2,
+        )
+        return policy.act(state.params, key_act, rows_of((5,)).observation), metrics
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    action, metrics = jax.eval_shape(jax.vmap(train), keys)
+    assert action.shape == (3, 5, SPEC.action_size)
+    assert all(value.shape == (3, 3) for value in metrics.values())  # [seed, chunk]
+    assert len(traced) == 1
 
 
 @pytest.mark.untyped
