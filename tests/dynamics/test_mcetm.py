@@ -24,7 +24,7 @@ from emfuse_jax.dynamics.contrastive import training_rows
 from emfuse_jax.dynamics.mcetm import _parts
 from emfuse_jax.losses import info_nce, ranking_nce
 from emfuse_jax.nets.autoencoder import Autoencoder, autoencoder
-from emfuse_jax.tree import stack
+from emfuse_jax.tree import same_structure, stack
 
 SPEC = SpaceSpec(observation_size=2, action_size=1)
 TINY = McetmConfig(
@@ -224,6 +224,20 @@ def test_each_part_trains_on_its_own_loss_and_when_it_should(trained, batch):
     assert moved(state.params.energy, after.params.energy)
     assert not moved(first.params.head, after.params.head)
     assert not moved(first.params.autoencoder, after.params.autoencoder)
+    assert all(np.isfinite(v) for v in metrics.values())
+
+
+@pytest.mark.quick_compile
+def test_with_chains_for_negatives_all_terms_train_from_the_first_step(batch):
+    config = dataclasses.replace(TINY, negatives="langevin", chain_steps=2)
+    learner = mcetm(config, SPEC)
+    state = jax.jit(learner.init)(jax.random.key(0), unit_scales())
+    new, metrics = jax.jit(learner.update)(jax.random.key(1), state, batch)
+    assert same_structure(new, state)
+    assert float(metrics["cross_loss"]) > 0.0
+    assert float(metrics["manifold_loss"]) != 0.0
+    assert moved(state.params.energy, new.params.energy)
+    assert moved(state.params.autoencoder, new.params.autoencoder)
     assert all(np.isfinite(v) for v in metrics.values())
 
 
