@@ -149,6 +149,10 @@ def test_every_method_of_the_table_initialises_updates_and_acts():
     [
         (["--method=iqll", "--iqll.x=1"], "unknown method 'iqll'; did you mean 'iql'?"),
         (["--method=iql", "--iql.critics.expectile=1"], "--iql.critics: expectile=1.0"),
+        (["--method=aepo", "--aepo.guidance.scale=-1"], "guidance scale=-1.0"),
+        (["--method=aepo", "--aepo.critics.expectile=0"], "expectile=0.0"),
+        (["--method=ebt", "--ebt.act_steps=0"], "act_steps=0"),
+        (["--method=ibc", "--ibc.chain_steps=0"], "chain_steps=0"),
         (["--method=iql", "--sac.discount=1"], "sac.discount"),
         (["--method=iql", "--run_dir=x"], "--data is required"),
         (["--method=bc", "--num_updates=1500"], "num_updates=1500 must be a multiple"),
