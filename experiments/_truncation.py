@@ -70,7 +70,8 @@ def read_calibration(path: str | pathlib.Path) -> Calibration:
     if not file.exists():
         raise FileNotFoundError(
             f"{path} has no {CALIBRATION_FILE}, so that no least energy is known to be "
-            "too high; train with train_dynamics --model=mcetm, or --cut=uncertainty"
+            "too high; train with train_dynamics --model=mcetm, fuse such runs alone, or "
+            "give --cut=uncertainty"
         )
     return artifacts.from_json(
         Calibration, artifacts.read_json(file), where=CALIBRATION_FILE

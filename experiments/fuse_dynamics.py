@@ -6,7 +6,9 @@ r"""Fuses trained dynamics models and measures the fusion on every expert's held
 
 The run directory holds the members' parameters: it needs theirs no more.
 ``fusion.json`` has the errors of every expert on every domain, of the fusion with its
-rule and with uniform weights, and how well the uncertainty ranks the errors.
+rule and with uniform weights, and how well the uncertainty ranks the errors. A fusion of
+mcetm experts alone is calibrated like each of them: ``calibration.json`` says above which
+least energy rollouts in it are cut.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ import numpy as np
 
 from emfuse_jax import artifacts
 from emfuse_jax.artifacts import Trained
-from emfuse_jax.dynamics import FusionConfig
+from emfuse_jax.data import concatenate
+from emfuse_jax.dynamics import CandidateConfig, FusionConfig
 from emfuse_jax.energy import check_weights
 from emfuse_jax.evaluation.fidelity import auroc, spearman
 from experiments._measure import (
@@ -34,6 +37,7 @@ from experiments._measure import (
 )
 from experiments._run import open_run, run_main
 from experiments._tables import format_cell, to_plain
+from experiments._truncation import write_calibration
 
 _SCATTER = 600
 """Rows of (uncertainty, error) that are kept for pictures."""
@@ -48,12 +52,20 @@ class FuseDynamicsConfig:
         run_dir: where everything goes.
         fusion: rule, weights and sampling.
         data: held-out domains; none: the data that the experts were trained on.
+        candidates: mcetm: the sampler that the fusion's threshold is calibrated for.
+        quantile: mcetm: share of held-out rows below the threshold.
     """
 
     experts: tuple[str, ...] = ()
     run_dir: str = ""
     fusion: FusionConfig = FusionConfig()  # noqa: RUF009
     data: tuple[str, ...] = ()
+    candidates: CandidateConfig = CandidateConfig()  # noqa: RUF009
+    quantile: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.quantile < 1.0:
+            raise ValueError(f"quantile={self.quantile} must be between 0 and 1")
 
 
 def fuse(config: FuseDynamicsConfig) -> dict[str, Any]:
@@ -90,6 +102,16 @@ def fuse(config: FuseDynamicsConfig) -> dict[str, Any]:
             run.save(0, params)
         with run.stage("measure"):
             result = to_plain(measure(rules, params, experts, domains, lags))
+        if all(member["kind"] == "mcetm" for member in members):
+            held_out = concatenate([domain.validation for domain in domains])
+            calibration = write_calibration(
+                run.path,
+                artifacts.load_run(run.path),
+                held_out,
+                config.candidates,
+                config.quantile,
+            )
+            result["truncate_above"] = calibration.threshold
         run.write_json("fusion.json", result)
     _print(result)
     return result

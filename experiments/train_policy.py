@@ -58,7 +58,8 @@ class TrainPolicyConfig:
         penalty: cut=uncertainty: subtracted from the reward per unit of uncertainty.
         cut: uncertainty: rollouts are penalised by the model's and cut where it is large;
             energy: they move by the best of several candidates and are cut where their
-            least energy exceeds what train_dynamics --model=mcetm calibrated.
+            least energy exceeds what train_dynamics --model=mcetm calibrated, or
+            fuse_dynamics of such runs.
         candidates: energy: the sampler, as it was calibrated; and how many next states
             sac.dispersion compares.
         cut_quantile: uncertainty: rollouts are cut where the uncertainty exceeds this quantile of

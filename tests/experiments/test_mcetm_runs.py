@@ -1,6 +1,8 @@
 """train_dynamics --model=mcetm, its calibration, and train_policy that is cut by it."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,9 @@ import pytest
 from _tiny_runs import write_data
 from emfuse_jax import artifacts
 from emfuse_jax.policies.model_based import ModelBasedConfig
-from experiments import train_dynamics, train_policy
+from experiments import fuse_dynamics, train_dynamics, train_policy
 from experiments._measure import load_domains
-from experiments._truncation import candidates_fn, read_calibration
+from experiments._truncation import candidates_fn, read_calibration, truncated_model
 
 pytestmark = pytest.mark.quick_compile
 
@@ -106,3 +108,25 @@ def test_candidates_of_next_observations(run):
         jax.ShapeDtypeStruct((7, 3), np.float32),
     )
     assert following.shape == (4, 7, 11)
+
+
+def test_a_fusion_of_such_experts_is_calibrated_and_cut_like_one(run, tmp_path):
+    """Of two equal experts: the pool is either of them, and so is its threshold."""
+    twin, fused = tmp_path / "twin", tmp_path / "fused"
+    shutil.copytree(run, twin)
+    argv = ["fuse_dynamics", f"--experts={run},{twin}", f"--run_dir={fused}"]
+    argv += [*MODEL[-2:], "--quantile=0.9"]
+    assert fuse_dynamics.main(argv) == 0
+    ours, own = read_calibration(fused), read_calibration(run)
+    assert ours.candidates == own.candidates
+    np.testing.assert_allclose(ours.threshold, own.threshold, rtol=1e-3)
+    written = json.loads((fused / "fusion.json").read_text())
+    assert written["truncate_above"] == ours.threshold
+    trained = artifacts.load_run(fused)
+    _, threshold = truncated_model(fused, trained, ours.candidates)
+    assert threshold == ours.threshold
+    other = dataclasses.replace(ours.candidates, num_candidates=3)
+    with pytest.raises(ValueError, match="this sampler has num_candidates=3"):
+        truncated_model(fused, trained, other)
+    with pytest.raises(ValueError, match=r"quantile=1.0"):
+        fuse_dynamics.FuseDynamicsConfig(quantile=1.0)
