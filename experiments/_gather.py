@@ -15,6 +15,7 @@ import numpy as np
 
 from emfuse_jax import artifacts
 from experiments import _names
+from experiments._found import run_config
 from experiments._returns import summarize_scores
 
 POLICY, MODEL, FUSION, DEMO = "train_policy", "train_dynamics", "fuse_dynamics", "demo"
@@ -66,7 +67,7 @@ def read_runs(paths: Sequence[str]) -> list[RunFiles]:
             raise ValueError(
                 f"{path} is no run of {', '.join(KINDS[:-1])}; leave it out of --runs"
             )
-        run = RunFiles(path, found["kind"], found["config"])
+        run = RunFiles(path, found["kind"], run_config(path))
         wanted = {FUSION: "fusion.json", DEMO: "stages.json"}
         if run.json(wanted.get(run.kind, "result.json")) is None:
             raise ValueError(f"{path} is not finished; run its command again first")

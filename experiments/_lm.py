@@ -14,7 +14,7 @@ from emfuse_jax.artifacts.config import read_json, replace_file, to_json, write_
 from emfuse_jax.data.text import Corpus, Document
 from emfuse_jax.data.tokens import SEPARATOR, pack_documents, train_bpe
 from emfuse_jax.llm.tokenizer import ByteTokenizer, load_tokenizer
-from experiments import _names
+from experiments import _found, _names
 
 BATCH = 32
 """Windows scored at a time."""
@@ -98,6 +98,7 @@ def read_prepared(folder: pathlib.Path) -> Prepared:
 
     Raises:
         FileNotFoundError: if it is not all there.
+        ValueError: if a file is damaged, or is not one of ours.
     """
     path = folder / "corpus.json"
     with _names.run(folder.parent):
@@ -106,15 +107,17 @@ def read_prepared(folder: pathlib.Path) -> Prepared:
                 f"{folder} holds no prepared text (no {path.name}); give the folder of a "
                 "run of train_lm_experts that has got that far"
             )
-    corpus = read_json(path)
-    domains = tuple(corpus["counts"])
-    with np.load(folder / "tokens.npz", allow_pickle=False) as arrays:
-        streams = tuple(arrays[name].astype(np.int32) for name in domains)
+    with _found.reading(path):
+        corpus = read_json(path)
+        domains, window = tuple(dict(corpus["counts"])), int(corpus["window"])
+    found = _found.token_streams(folder / "tokens.npz")
+    with _found.reading(folder / "tokens.npz"):
+        streams = tuple(found[name].astype(np.int32) for name in domains)
     paths = sorted((folder / "windows").glob("*.jsonl"))
     windows = {path.stem: read_windows(path) for path in paths}
     order = [name for name in (*domains, "mixed") if name in windows]
     ordered = {name: windows[name] for name in order}
-    return Prepared(domains, streams, ordered, corpus["counts"], corpus["window"])
+    return Prepared(domains, streams, ordered, corpus["counts"], window)
 
 
 def save_tokenizer(folder: pathlib.Path, texts: Sequence[str], vocab_size: int) -> None:
@@ -130,10 +133,32 @@ def save_tokenizer(folder: pathlib.Path, texts: Sequence[str], vocab_size: int) 
 
 
 def read_windows(path: pathlib.Path) -> list[Window]:
-    """Windows from a file of one JSON object per line."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
-    tuples = ("domains", "documents", "starts", "tokens", "distractors")
-    return [Window(**row | {name: tuple(row[name]) for name in tuples}) for row in rows]
+    """Windows from a file of one JSON object per line.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it holds anything else than windows.
+    """
+    with _found.reading(path):
+        return [_read_window(row) for row in _found.json_lines(path)]
+
+
+def _read_window(row: dict[str, Any]) -> Window:
+    """A window whose parts are what they should be; the errors are for `_found.reading`."""
+    kinds = {"domains": str, "documents": str, "starts": int, "tokens": int}
+    kinds |= {"distractors": int}
+    tuples = {name: tuple(row[name]) for name in kinds}
+    for name, kind in kinds.items():
+        if not all(type(value) is kind for value in tuples[name]):
+            raise TypeError(f"{name}={str(tuples[name])[:80]}")
+    window = Window(**row | tuples)
+    if type(window.num_prompt) is not int or not (
+        0 < window.num_prompt < len(window.tokens)
+    ):
+        raise ValueError(f"num_prompt={window.num_prompt!r}")
+    if not isinstance(window.prompt + window.continuation, str):
+        raise TypeError(f"prompt={str(window.prompt)[:80]}")
+    return window
 
 
 def window_scores(

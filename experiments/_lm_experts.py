@@ -14,7 +14,7 @@ from emfuse_jax.llm.vocabulary import (
     align_vocabularies,
     check_same_vocabulary,
 )
-from experiments import _names
+from experiments import _found, _names
 
 
 class Experts(NamedTuple):
@@ -110,7 +110,7 @@ def expand_runs(paths: Sequence[str]) -> list[pathlib.Path]:
 
     Raises:
         FileNotFoundError: if a folder does not exist, or a run is not finished.
-        ValueError: if a folder is named twice.
+        ValueError: if a folder is named twice, or a run's result names one elsewhere.
     """
     folders: list[pathlib.Path] = []
     for path in map(pathlib.Path, paths):
@@ -126,9 +126,10 @@ def expand_runs(paths: Sequence[str]) -> list[pathlib.Path]:
             continue
         if not (path / "result.json").exists():
             raise FileNotFoundError(f"{path} is not finished; run its command again")
-        models = read_json(path / "result.json")["models"]
-        experts = [name for name in models if name.startswith("expert-")]
-        folders += [path / "models" / name for name in experts]
+        with _found.reading(path / "result.json"):
+            models = list(read_json(path / "result.json")["models"])
+            experts = [name for name in models if name.startswith("expert-")]
+            folders += _found.folders_in(path / "models", experts)
     if len(set(folders)) < len(folders):
         named = ", ".join(map(str, folders))
         raise ValueError(f"--experts names a model twice ({named}); give each once")

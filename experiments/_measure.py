@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emfuse_jax import artifacts
 from emfuse_jax.base import SpaceSpec, TransitionModel
 from emfuse_jax.data import (
     Dataset,
@@ -23,7 +22,7 @@ from emfuse_jax.evaluation.fidelity import (
     rms_error,
     row_error,
 )
-from experiments import _names
+from experiments import _found, _names
 
 HORIZONS = (1, 5, 10)
 
@@ -83,11 +82,23 @@ def check_sizes(domains: Sequence[Domain], spec: SpaceSpec, model: str) -> None:
 
 def data_behind(runs: Sequence[str]) -> tuple[str, ...]:
     """The data sets that runs of dynamics models and of fusions were made from, each
-    once."""
+    once.
+
+    Raises:
+        FileNotFoundError: if one is no run directory.
+        ValueError: if its config is not one of ours.
+    """
     found: list[str] = []
-    for run in runs:
-        config = artifacts.read_json(f"{run}/config.json")["config"]
-        found += config["data"] or data_behind(config["experts"])
+    waiting, seen = list(runs), set()
+    while waiting:
+        run = waiting.pop(0)
+        config = _found.run_config(run)
+        with _found.reading(f"{run}/config.json"):
+            data = _found.names_of(config["data"])
+            experts = [] if data else _found.names_of(config["experts"])
+        found += data
+        waiting[:0] = [path for path in experts if path not in seen]
+        seen.update(experts)
     return tuple(dict.fromkeys(found))
 
 

@@ -26,6 +26,7 @@ from emfuse_jax.merging import (
     gram_memory,
     regmean_streamed,
 )
+from experiments._found import token_streams
 from experiments._lm_experts import expand_runs
 from experiments._merging import GramPlan, Mergeable
 from experiments._run import Run
@@ -202,13 +203,13 @@ def _training_text(
                 f"{folder} is not in a run of train_lm_experts, so that its text is not "
                 "known; give --data, a file or folder of its domain for each expert"
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            if domain not in arrays:
-                raise ValueError(
-                    f"{path} has no domain {domain!r} (it has {', '.join(arrays)}); give "
-                    "--data, a file or folder of its domain for each expert"
-                )
-            found.append(cut_windows(arrays[domain], window, num_samples))
+        streams = token_streams(path)
+        if domain not in streams:
+            raise ValueError(
+                f"{path} has no domain {domain!r} (it has {', '.join(streams)}); give "
+                "--data, a file or folder of its domain for each expert"
+            )
+        found.append(cut_windows(streams[domain], window, num_samples))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from emfuse_jax import artifacts
 from emfuse_jax.data.behaviour import Behaviour, load_behaviour
+from experiments._found import run_config
 
 PACKAGING = ("package", "snapshot", "package_dir", "package_episodes")
 """Settings of a packaging; the others are of the training."""
@@ -32,7 +33,7 @@ def package(
         FileNotFoundError: if there is no such run or snapshot; lists those there are.
     """
     run_dir = pathlib.Path(config.run_dir)
-    made = artifacts.read_json(run_dir / "config.json")["config"]
+    made = run_config(run_dir)
     source = snapshot_path(run_dir, config.snapshot)
     if not source.exists():
         steps = sorted(int(path.stem) for path in source.parent.glob("*.npz"))

@@ -31,6 +31,7 @@ from emfuse_jax.envs.mujoco_batch import MujocoBatch
 from emfuse_jax.evaluation.episodes import MAX_STEPS
 from emfuse_jax.policies.chunks import ChunkConfig
 from experiments import _names
+from experiments._found import run_config
 from experiments._measure import require
 from experiments._progress import Progress
 from experiments._returns import (
@@ -171,8 +172,8 @@ def _host(name: str, host_act: Any, spec: SpaceSpec, digest: str) -> Candidate:
 
 def _environment(run_dir: str) -> str:
     """The environment that a policy was trained for."""
-    name = artifacts.read_json(f"{run_dir}/config.json")["config"]["env"]
-    if not name:
+    name = run_config(run_dir).get("env")
+    if not name or not isinstance(name, str):
         raise ValueError(f"{run_dir} names no environment; give --env")
     return name
 
