@@ -1,5 +1,6 @@
 """Files that are damaged or meant to harm are refused by errors of ours."""
 
+import ast
 import json
 import pathlib
 import pickle
@@ -17,9 +18,13 @@ from emfuse_jax import artifacts
 from emfuse_jax.artifacts.runs import check_description
 from emfuse_jax.data.behaviour import load_behaviour
 from emfuse_jax.data.d4rl_reader import read_arrays, read_d4rl
+from emfuse_jax.data.minari_reader import read_minari
+from emfuse_jax.data.text import read_text
 from emfuse_jax.llm import load_language_model, load_tokenizer
 from emfuse_jax.llm.tensors import read_tensors
 from experiments import _run
+from experiments._found import run_config, token_streams
+from experiments._lm import read_prepared, read_windows
 
 PACKAGE = pathlib.Path(emfuse_jax.__file__).parent
 # HDF5 and tokenizers run foreign C and Rust: the soak reads those in a process apart.
@@ -107,7 +112,15 @@ class Evil:
 
 
 def _read_run_files(folder):
+    """By every reader there is; `test_damaged_checkpoint` has those of checkpoints."""
     for read in (
+        lambda: read_minari("evil-v0", root=folder),
+        lambda: token_streams(folder / "tokens.npz"),
+        lambda: read_windows(folder / "windows.jsonl"),
+        lambda: read_prepared(folder),
+        lambda: run_config(folder),
+        lambda: load_language_model(folder / "shards"),
+        lambda: read_text(folder / "text.txt.gz"),
         lambda: artifacts.read_json(folder / "config.json"),
         lambda: artifacts.load_run(folder),
         lambda: artifacts.read_metrics(folder / "metrics.jsonl"),
@@ -121,12 +134,27 @@ def _read_run_files(folder):
             read()
 
 
+def _write_shards(folder, data):
+    """A whole config and index beside a pickled shard."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes(readers.READERS["hf_config"].wholes()[0])
+    shard = "pytorch_model.bin"
+    index = {"weight_map": {"model.norm.weight": shard}}
+    artifacts.write_json(folder / "model.safetensors.index.json", index)
+    (folder / shard).write_bytes(data)
+
+
 def test_pickles_are_refused_in_the_place_of_every_file(tmp_path):
     marker = tmp_path / "ran"
     data = pickle.dumps(Evil(marker))
     names = ("config.json", "model.json", "metrics.jsonl", "tokenizer.json", "x.npz")
-    for name in (*names, "model.safetensors", "x.hdf5", "pytorch_model.bin"):
+    names += ("model.safetensors", "x.hdf5", "pytorch_model.bin", "tokens.npz")
+    names += ("windows.jsonl", "corpus.json", "text.txt.gz")
+    names += ("evil-v0/data/main_data.hdf5", "evil-v0/data/metadata.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data + b"\n")
+    _write_shards(tmp_path / "shards", data)
     _read_run_files(tmp_path)
     assert not marker.exists()
     pickle.loads(data)
@@ -148,16 +176,52 @@ def test_pickles_inside_of_whole_files_are_refused(tmp_path):
     assert marker.exists()
 
 
-def test_nothing_in_the_package_unpickles():
-    words = (
-        r"allow_pickle=True|import (c?pickle|dill|joblib|marshal|shelve)|torch\.load"
-    )
-    places = [
-        str(path)
-        for path in PACKAGE.rglob("*.py")
-        if re.search(words, path.read_text(encoding="utf-8"))
-    ]
-    assert places == []
+UNPICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "pandas"}
+LOADS = {"np.load", "numpy.load", "torch.load"}
+
+
+def unpickling(source):
+    """Lines of a program that could unpickle what it reads."""
+    found = []
+    if not re.search(r"\bload\(|" + "|".join(UNPICKLES), source):
+        return found
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if UNPICKLES & {name.split(".")[0] for name in names}:
+            found.append(node.lineno)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in LOADS:
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if options.get("allow_pickle") != "False":
+                found.append(node.lineno)
+    return found
+
+
+def test_nothing_unpickles():
+    """Neither the package nor the command lines, nor the benchmarks."""
+    folders = [PACKAGE, *(pathlib.Path(m.__file__).parent for m in (_run, readers))]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    assert len(files) > 200
+    found = {str(path): unpickling(path.read_text(encoding="utf-8")) for path in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import numpy as np\nnp.load(path)", [2]),
+        ("np.load(path, allow_pickle=True)", [1]),
+        ("np.load(path, allow_pickle=False)", []),
+        ("def f():\n    from pickle import loads", [2]),
+        ("import torch\ntorch.load(path)", [2]),
+        ("json.load(file)\nagent.load(params)", []),
+    ],
+)
+def test_what_could_unpickle_is_seen(source, found):
+    assert unpickling(source) == found
 
 
 def test_hdf5_that_leads_elsewhere_or_claims_too_much_is_refused(tmp_path):
