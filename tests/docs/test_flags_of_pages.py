@@ -1,7 +1,7 @@
 """Flags that pages name are flags that some command line takes."""
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -45,6 +45,16 @@ def test_flags_exist(page, known):
     named = flags_of((ROOT / page).read_text()) - placeholders
     assert named
     assert named <= known, sorted(named - known)
+
+
+def test_the_commands_for_clusters_exist(known):
+    """The guide's recipes name flags of SLURM and gcloud, too; these are ours."""
+    text = (ROOT / "docs/guides/devices.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"-m experiments\.(\w+)([^\"`\n]*)", text)
+    assert [name for name, _ in commands] == ["train_dynamics", "train_dynamics"]
+    for name, flags_ in commands:
+        assert importlib.util.find_spec(f"experiments.{name}")
+        assert {"devices", "data", "run_dir"} <= flags_of(flags_) <= known
 
 
 def test_a_flag_that_no_command_takes_is_seen(known):
