@@ -101,6 +101,9 @@ class TrainBehaviourConfig:
     def __post_init__(self) -> None:
         with _names.environment(self.env):
             check_environment(self.env)
+        for name in ("num_envs", "batch_size", "evaluate_every", "evaluate_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("evaluate_every", "warmup_steps"):
             if getattr(self, name) % self.num_envs:
                 raise ValueError(

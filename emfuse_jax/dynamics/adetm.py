@@ -43,6 +43,9 @@ class AdetmConfig(ContrastiveConfig):
                 f"num_lags={self.num_lags} leaves no slices to compare; use at least 2, "
                 "or etm for a one-step model"
             )
+        for name in ("state_features", "action_features", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.action_features % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must divide action_features={self.action_features}"

@@ -225,3 +225,6 @@ def test_configs_that_cannot_work_are_refused():
         AdetmConfig(num_lags=1)
     with pytest.raises(ValueError, match="num_heads=4 must divide action_features=6"):
         AdetmConfig(action_features=6)
+    for name in ("state_features", "action_features", "num_heads"):
+        with pytest.raises(ValueError, match=f"{name}=0; expected at least 1"):
+            AdetmConfig(**{name: 0})

@@ -211,6 +211,7 @@ def test_the_signal_is_heard_at_the_last_evaluation_too(tmp_path, idle, monkeypa
     ("flag", "message"),
     [
         ("--env=ant", "known: hopper"),
+        ("--num_envs=0", "num_envs=0 must be at least 1"),
         ("--evaluate_every=30", "num_envs=8"),
         ("--total_steps=15000", "evaluate_every=10000"),
     ],
