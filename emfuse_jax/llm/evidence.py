@@ -23,6 +23,8 @@ References:
     that may move on).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -67,7 +69,7 @@ def evidence(
         ['0.80', '0.20']
     """
     _check_options("evidence", rate, decay, floor)
-    if not entropy_power >= 0:
+    if not 0 <= entropy_power < math.inf:
         raise ValueError(
             f"evidence: entropy_power {entropy_power}, expected 0 (leave the entropy "
             "out) or a positive number"
@@ -157,11 +159,14 @@ def _online(gain, weight_fn, decay: float, *, linear: bool = False) -> FusionRul
 
 
 def _check_options(name: str, rate: float, decay: float, floor: float) -> None:
-    if not rate >= 0:
+    # Infinite ones would be NaN where experts agree, or where all rule a token out.
+    if not 0 <= rate < math.inf:
         raise ValueError(f"{name}: rate {rate}, expected 0 (uniform) or a positive one")
     if not 0.0 <= decay <= 1.0:
         raise ValueError(
             f"{name}: decay {decay}, expected a number in [0, 1] (1 never forgets)"
         )
-    if not floor < 0:
-        raise ValueError(f"{name}: floor {floor}, expected a negative log-probability")
+    if not -math.inf < floor < 0:
+        raise ValueError(
+            f"{name}: floor {floor}, expected a finite negative log-probability"
+        )

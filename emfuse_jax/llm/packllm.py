@@ -11,6 +11,8 @@ Reference:
     Perplexity Optimization", 2024. https://arxiv.org/abs/2404.11531
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -45,7 +47,7 @@ def packllm_sim(temperature: float = 1.0) -> FusionRule:
         temperature: positive; towards 0 it is `top_one`, towards infinity uniform.
 
     Raises:
-        ValueError: if the temperature is not positive.
+        ValueError: if the temperature is not positive and finite.
 
     Example:
         >>> rule = packllm_sim(temperature=1.0)
@@ -55,10 +57,10 @@ def packllm_sim(temperature: float = 1.0) -> FusionRule:
         >>> [f"{x:.2f}" for x in rule.weights(state, jnp.log(law[:, :, -1]))[:, 0]]
         ['0.90', '0.10']
     """
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"packllm_sim: temperature {temperature}, expected a positive number; for "
-            "the limit at 0 use top_one()"
+            "the limit at 0 use top_one(), for that at infinity uniform()"
         )
 
     def estimate(

@@ -178,7 +178,7 @@ def test_padding_may_hold_anything():
     assert np.isnan(holes).any()
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan, np.inf])
 def test_bad_temperatures_are_named(temperature):
     with pytest.raises(ValueError, match=f"temperature {temperature}, expected a pos"):
         packllm_sim(temperature)
