@@ -47,6 +47,25 @@ class SamplingConfig:
     slice_choice: Literal["newest", "random"] = "newest"
     block_rows: int = 512
 
+    def __post_init__(self) -> None:
+        not_negative = (
+            "num_steps",
+            "uncertainty_steps",
+            "noise",
+            "temperature",
+            "spread",
+        )
+        for name in (*not_negative, "block_rows"):
+            value, least = getattr(self, name), int(name == "block_rows")
+            if value is not None and not value >= least:
+                raise ValueError(f"{name}={value}; expected at least {least}")
+        for name in ("margin", "first", "last", "drift_clip", "step_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}; expected a positive number: a chain "
+                    "descends by steps of its own, within the margin"
+                )
+
 
 ETM_SAMPLING = SamplingConfig(
     num_steps=50, uncertainty_steps=50, margin=1.1, first=0.1, last=1e-5

@@ -54,6 +54,12 @@ class CandidateConfig:
             raise ValueError(
                 f"num_candidates={self.num_candidates}; expected at least 1"
             )
+        if self.sampling.num_steps < 1:
+            raise ValueError(
+                f"candidates with num_steps={self.sampling.num_steps} descend nowhere: "
+                "their energies say where chains start, not what the model knows; "
+                "expected at least 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -152,6 +152,26 @@ def test_candidates_share_the_rows_that_run_together(num, rows):
     assert built == [dataclasses.replace(config.sampling, block_rows=rows)]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_steps", -1), ("uncertainty_steps", -1), ("block_rows", 0)),
+        *(("temperature", -1.0), ("noise", float("nan")), ("spread", -1.0)),
+        *(("first", -0.1), ("last", 0.0), ("margin", 0.0), ("step_clip", -0.5)),
+    ],
+)
+def test_chains_that_cannot_descend_are_refused_by_name(name, value):
+    """A negative temperature would give NaN, a negative step would climb."""
+    with pytest.raises(ValueError, match=f"{name}={value}; expected"):
+        SamplingConfig(**{name: value})
+
+
+def test_candidates_that_never_descend_are_refused():
+    still = SamplingConfig(num_steps=0, spread=1.0)
+    with pytest.raises(ValueError, match="num_steps=0 descend nowhere"):
+        CandidateConfig(sampling=still)
+
+
 @pytest.mark.parametrize("quantile", [0.0, 1.0])
 def test_a_quantile_that_cuts_all_or_nothing_is_refused(quantile):
     with pytest.raises(ValueError, match="quantile"):
