@@ -101,10 +101,11 @@ class McetmConfig(EtmConfig):
             raise ValueError(
                 f"code_noise={self.code_noise}; expected (smallest, largest) width"
             )
-        if self.num_cross < 1 or not self.cross_scales or min(self.cross_scales) <= 0:
+        scales = self.cross_scales
+        if self.num_cross < 1 or not scales or not all(scale > 0 for scale in scales):
             raise ValueError(
                 f"num_cross={self.num_cross} must be at least 1 and cross_scales="
-                f"{self.cross_scales} positive: without neighbours of (s, a) energies "
+                f"{scales} positive: without neighbours of (s, a) energies "
                 "cannot be compared between states"
             )
         if not 1 <= self.manifold_rows <= self.energy_rows <= self.batch_size:
@@ -112,8 +113,9 @@ class McetmConfig(EtmConfig):
                 f"manifold_rows={self.manifold_rows} must be between 1 and energy_rows="
                 f"{self.energy_rows}, and that at most batch_size={self.batch_size}"
             )
-        for name in ("manifold_weight", "cross_weight", "magnitude_weight"):
-            if getattr(self, name) < 0.0:
+        weights = ("manifold_weight", "cross_weight", "magnitude_weight")
+        for name in ("code_jitter", *weights):
+            if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
