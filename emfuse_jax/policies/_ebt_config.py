@@ -111,6 +111,9 @@ class EbtConfig:
 def s1_config(**settings: Any) -> EbtConfig:
     """S1 of energy-based transformers: one derivative per step, every step scored.
 
+    The step size stays what it is, where the published S1 learns it: a learned energy
+    scales its own gradient, so that nothing else is learned by that.
+
     Example:
         >>> s1_config(train_steps=3).detach
         True
@@ -121,6 +124,8 @@ def s1_config(**settings: Any) -> EbtConfig:
 
 def s2_config(**settings: Any) -> EbtConfig:
     """S2: derivatives through the whole descent, its end scored, steps and sizes random.
+
+    Every descent starts anew: there is no buffer of where earlier ones ended.
 
     Example:
         >>> s2_config().step_size_spread
