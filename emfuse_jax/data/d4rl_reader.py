@@ -144,6 +144,7 @@ def write_d4rl(
 
     Raises:
         FileExistsError: if the file exists and ``overwrite`` is false.
+        OSError: if there is no room for it, or no right to write; nothing has changed then.
         ValueError: if the arrays are not data that `read_d4rl` would accept.
 
     Example:
@@ -155,7 +156,6 @@ def write_d4rl(
         >>> read_d4rl(path).observation.shape
         (20, 3)
     """
-    h5py = import_h5py()
     path = pathlib.Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(
@@ -164,26 +164,43 @@ def write_d4rl(
     given: dict[str, Any] = {key: arrays.get(key) for key in KEYS}
     make_dataset(**given, source=str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    image = _image(arrays, attributes or {})
     # Not tempfile, whose files only their owner may read.
     partial = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
-        with h5py.File(partial, "w") as file:
-            for key, value in arrays.items():
-                file.create_dataset(
-                    key,
-                    data=value,
-                    compression="gzip",
-                    compression_opts=4,
-                    shuffle=True,
-                )
-            for name, value in (attributes or {}).items():
-                # A string of fixed length: see `_attribute`.
-                text = isinstance(value, str)
-                file.attrs[name] = np.bytes_(value.encode()) if text else value
+        with partial.open("wb") as file:
+            file.write(image)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _image(
+    arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str | float | int]
+) -> bytes:
+    """The file's bytes, made in memory: HDF5 ends the process where a disk is full."""
+    h5py = import_h5py()
+    with h5py.File("image", "w", driver="core", backing_store=False) as file:
+        for key, value in arrays.items():
+            file.create_dataset(
+                key,
+                data=value,
+                compression="gzip",
+                compression_opts=4,
+                shuffle=True,
+            )
+        for name, value in attributes.items():
+            # A string of fixed length: see `_attribute`.
+            text = isinstance(value, str)
+            file.attrs[name] = np.bytes_(value.encode()) if text else value
+        file.flush()
+        return file.id.get_file_image()
 
 
 def dataset_arrays(dataset: Dataset) -> dict[str, np.ndarray]:

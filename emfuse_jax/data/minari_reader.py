@@ -8,10 +8,12 @@ Reference: https://minari.farama.org.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from emfuse_jax.data.dataset import Dataset, episode_bounds, make_dataset
 
 _PATH_VARIABLE = "MINARI_DATASETS_PATH"
 _PER_STEP = ("rewards", "terminations", "truncations")
+_EPISODE_BYTES = 2**14  # what an episode's groups and headers take
 _NETWORK_VARIABLES = ("MINARI_REMOTE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy")
 
 
@@ -96,6 +99,7 @@ def write_minari(
 
     Raises:
         FileExistsError: if it exists and ``overwrite`` is false.
+        OSError: if there is no room for it.
         ValueError: if the id is not one, or the episodes are not sequences.
     """
     minari = _import_minari()
@@ -111,6 +115,7 @@ def write_minari(
                 f"{target} exists; choose another id or version, delete it, or ask to "
                 "overwrite it"
             )
+        _check_room(folder, target, buffers)
         # Hidden folders are not listed, so an interrupted write leaves no half data
         # set.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
@@ -218,6 +223,25 @@ def _episode_buffers(dataset: Dataset) -> list[Any]:
     return buffers
 
 
+def _check_room(folder: pathlib.Path, target: pathlib.Path, buffers: list[Any]) -> None:
+    """Beforehand: where a disk is full, HDF5 ends the process instead of raising."""
+    sizes = [
+        sum(
+            np.asarray(getattr(b, n)).nbytes
+            for n in ("observations", "actions", *_PER_STEP)
+        )
+        for b in buffers
+    ]
+    needed, free = (
+        sum(sizes) + _EPISODE_BYTES * len(sizes),
+        shutil.disk_usage(folder).free,
+    )
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed} bytes are needed and {free} are free", str(target)
+        )
+
+
 def _spaces(dataset: Dataset) -> dict[str, Any]:
     from gymnasium.spaces import Box
 
@@ -241,8 +265,6 @@ def _check_id(dataset_id: str) -> None:
 
 def _move(partial: pathlib.Path, folder: pathlib.Path, dataset_id: str) -> None:
     """Moves the finished data set into place, with the namespaces that it is new to."""
-    import shutil
-
     for metadata in partial.rglob("namespace_metadata.json"):
         place = folder / metadata.relative_to(partial)
         place.parent.mkdir(parents=True, exist_ok=True)

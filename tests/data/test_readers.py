@@ -1,4 +1,8 @@
+import errno
 import os
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import h5py
@@ -147,6 +151,54 @@ def test_writing_never_touches_existing_files_by_accident(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["d4rl.hdf5"]
     write_d4rl(path, arrays(), overwrite=True)
     assert len(read_d4rl(path).reward) == 12
+
+
+# A limit on the size of files: writes fail as on a full disk.
+FULL = """
+    import resource, sys
+    import numpy as np
+    from emfuse_jax.data.d4rl_reader import read_arrays, write_d4rl
+
+    arrays = dict(np.load(sys.argv[2]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    try:
+        write_d4rl(sys.argv[1], arrays, overwrite=True)
+    except OSError as error:
+        print(error.errno, error.filename)
+"""
+
+
+def test_a_full_disk_leaves_the_older_file_and_a_process_that_can_say_so(tmp_path):
+    path = tmp_path / "a.hdf5"
+    write_d4rl(path, arrays())
+    whole = path.read_bytes()
+    noise = np.random.default_rng(0).standard_normal((12, 100))
+    np.savez(tmp_path / "arrays.npz", **arrays(), noise=noise)
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(FULL),
+        path,
+        tmp_path / "arrays.npz",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{errno.EFBIG} {path}\n"
+    assert done.stderr == ""
+    assert path.read_bytes() == whole
+    assert {p.name for p in tmp_path.iterdir()} == {"a.hdf5", "arrays.npz"}
+
+
+def test_minari_data_for_which_there_is_no_room(tmp_path, minari_data, monkeypatch):
+    usage = minari_reader.shutil.disk_usage(tmp_path)._replace(free=20_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(minari_reader.shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(
+            OSError, match=r"needed and 20000 are free.*test-v0"
+        ) as caught:
+            write_minari(minari_data, "test-v0", root=tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
