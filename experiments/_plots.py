@@ -171,7 +171,8 @@ def energy_landscapes(
 
     Args:
         data: ``{"x": […], "y": […], "energies": {title: [y][x]}, "x_label": …, "y_label":
-            …, "truth": [x, y]}``; ``truth`` (optional) is marked, as is each minimum.
+            …, "truth": [x, y], "samples": {title: [[x, …], [y, …]]}}``; ``truth`` and
+            ``samples`` (optional) are marked, as is each minimum.
         path: of the PNG.
         columns: panels side by side.
         levels: contours.
@@ -190,6 +191,10 @@ def energy_landscapes(
         axes.contour(x, y, height, bounds[1::2], colors="white", linewidths=0.4)
         row, column = np.unravel_index(np.nanargmin(height), height.shape)
         marker = {"color": COLOURS["vermillion"], "linestyle": "none", "clip_on": False}
+        if title in data.get("samples", {}):
+            dots = {"color": "white", "markeredgecolor": "black", "linestyle": "none"}
+            dots |= {"markersize": 3, "markeredgewidth": 0.4}
+            axes.plot(*data["samples"][title], "o", label="drawn", **dots)
         axes.plot(x[column], y[row], "o", label="minimum", markersize=6, **marker)
         if data.get("truth") is not None:
             edge = {"markeredgecolor": "white", "markersize": 12}

@@ -4,9 +4,9 @@ r"""Tables and pictures of finished runs, as Markdown, JSON and PNG.
         --runs=runs/slow,runs/fast,runs/fused,runs/policy-slow,runs/policy-fused
 
 Reads what the runs wrote (``fusion.json``, ``result.json``, ``evaluation.json``,
-``metrics.jsonl``, ``stages.json``) and trains nothing; only the energy landscape loads
-models. A policy's numbers are those of its ``evaluation.json`` if evaluate has made one,
-else of its own last evaluation.
+``metrics.jsonl``, ``stages.json``) and trains nothing; only the energy landscapes load
+models, and draw actions of policies. A policy's numbers are those of its
+``evaluation.json`` if evaluate has made one, else of its own last evaluation.
 """
 
 import dataclasses
@@ -55,6 +55,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     out = _folder(config.out)
     sections = [
         *_return_sections(runs, behaviours, out),
+        *(_action_sections(runs, out) if config.landscape else ()),
         *(s for r in runs if r.kind == _gather.FUSION for s in _fusion(r, out, config)),
         *_model_sections(runs, out),
         *_lm_report.sections(runs, out),
@@ -134,6 +135,24 @@ def _return_sections(
         "over episodes of one seed, or the range of several seeds."
     ]
     return [Section("Returns", rows, columns, figures, notes)]
+
+
+def _action_sections(runs: Sequence[RunFiles], out: pathlib.Path) -> list[Section]:
+    from experiments._action_landscape import action_slices
+
+    title = "Energies of actions"
+    try:
+        data = action_slices(runs)
+    except FileNotFoundError as error:
+        return [Section(title, (), (), notes=[f"No energy landscape: {error}."])]
+    if not data:
+        return []
+    figures = draw(out, "actions.png", _plots.energy_landscapes, data)
+    note = (
+        "Of policies trained on data that have one, over the first two dimensions of an "
+        "action at the middle row of the data, with actions that the policy draws there."
+    )
+    return [Section(title, (), (), figures, [note])]
 
 
 def _fusion(run: RunFiles, out: pathlib.Path, config: ReportConfig) -> list[Section]:

@@ -64,6 +64,7 @@ def energy_landscapes(_):
     energies["expert 1"][0, 0] = np.inf
     return _plots.energy_landscapes, {
         "x": x, "y": y, "energies": energies, "truth": [0.5, 0.5],
+        "samples": {"fused": [[0.1, -0.2], [0.0, 0.3]]},
     }  # fmt: skip
 
 

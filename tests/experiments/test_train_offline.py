@@ -14,6 +14,7 @@ from emfuse_jax.data.dataset import gather_transition, make_dataset
 from emfuse_jax.policies.aepo import AepoConfig
 from emfuse_jax.policies.iql import IqlConfig
 from experiments import (
+    _gather,
     _methods,
     _offline,
     _run,
@@ -22,6 +23,7 @@ from experiments import (
     report,
     train_policy,
 )
+from experiments._action_landscape import action_slices
 
 pytestmark = pytest.mark.quick_compile
 
@@ -90,6 +92,21 @@ def test_the_run_loads_as_the_policy_that_was_evaluated(folder):
     section = artifacts.read_json(folder / "report" / "report.json")["sections"]
     (row,) = section["Returns"]
     assert (row["origin"], row["seeds"]) == ("iql on random", 2)
+
+
+def test_the_report_draws_the_energy_of_actions_and_what_is_drawn_from_it(folder):
+    text = (folder / "report" / "report.md").read_text()
+    assert "## Energies of actions" in text
+    assert (folder / "report" / "figures" / "actions.png").stat().st_size > 1000
+    (run,) = _gather.read_runs([str(folder / "iql")])
+    data = action_slices([run])
+    assert np.shape(data["energies"]["iql"]) == (61, 61)
+    assert np.isfinite(data["energies"]["iql"]).all()
+    assert np.shape(data["samples"]["iql"]) == (2, 64)
+    assert action_slices([run._replace(config={"method": "sac"})]) == {}
+    moved = run._replace(config=run.config | {"data": ["gone.hdf5"]})
+    with pytest.raises(FileNotFoundError, match=r"gone\.hdf5"):
+        action_slices([moved])
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_bits(folder, tmp_path, monkeypatch):
