@@ -197,8 +197,8 @@ def _image(
             )
         for name, value in attributes.items():
             # A string of fixed length: see `_attribute`.
-            text = isinstance(value, str)
-            file.attrs[name] = np.bytes_(value.encode()) if text else value
+            fixed = np.bytes_(value.encode()) if isinstance(value, str) else value
+            file.attrs[name] = fixed
         file.flush()
         return file.id.get_file_image()
 
