@@ -9,10 +9,14 @@ import numpy as np
 
 from emfuse_jax import artifacts
 
-_SKIPPED_FILES = {".lock", "provenance.json", "stages.json", "jobs.json"}
+# report.md shows what report.json holds, seconds among it.
+_SKIPPED_FILES = {".lock", "provenance.json", "stages.json", "jobs.json", "report.md"}
 _SKIPPED_FOLDERS = {"tensorboard", "logs"}
 _SKIPPED_SUFFIXES = {".png", ".pdf", ".svg", ".log"}
-_VOLATILE = {"time", "seconds", "cpu_seconds", "provenance", "machine", "load_average"}
+_VOLATILE = {
+    *("time", "seconds", "cpu", "cpu_seconds", "Seconds per stage"),
+    *("provenance", "machine", "load_average"),
+}
 
 
 def contents(folder: pathlib.Path) -> dict[str, Any]:
