@@ -49,7 +49,8 @@ def proposal_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
         key: jax.Array,
         feature: jax.Array,
         residual: jax.Array,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
+        """The mean loss, and by how much the tilt lifts negatives above recorded rows."""
         rows = config.energy_rows
         # The head and the encoder keep to their own loss: chasing the tilt would blunt them.
         feature, residual = jax.lax.stop_gradient((feature[:rows], residual[:rows]))
@@ -60,20 +61,21 @@ def proposal_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
         positive_log_q = gaussian_mixture_log_prob(residual, zero, one, scales)
         projected = forward.prepare(params, feature)
 
-        def energy(target: jax.Array) -> jax.Array:
-            return forward.tilt(params, projected, target) + 0.5 * jnp.sum(
-                jnp.square(target), axis=-1
-            )
+        def tilt(target: jax.Array) -> jax.Array:
+            return forward.tilt(params, projected, target)
 
-        negative_energy = jnp.moveaxis(
-            jax.vmap(energy)(jnp.moveaxis(negative, 1, 0)), 0, 1
-        )
-        return ranking_nce(
-            energy(residual),
-            negative_energy,
+        def energy(tilted: jax.Array, target: jax.Array) -> jax.Array:
+            return tilted + 0.5 * jnp.sum(jnp.square(target), axis=-1)
+
+        positive_tilt = tilt(residual)
+        negative_tilt = jnp.moveaxis(jax.vmap(tilt)(jnp.moveaxis(negative, 1, 0)), 0, 1)
+        losses = ranking_nce(
+            energy(positive_tilt, residual),
+            energy(negative_tilt, negative),
             positive_log_q,
             negative_log_q,
         )
+        return jnp.mean(losses), jnp.mean(negative_tilt) - jnp.mean(positive_tilt)
 
     def loss(
         params: EnergyParams, key: jax.Array, rows: Rows, step: jax.Array
@@ -83,15 +85,16 @@ def proposal_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
         log_std = jnp.log(encoded.scale / params.scales.target.scale[index])
         residual = (rows.target - encoded.start) / encoded.scale
         head_loss = jnp.mean(jnp.sum(beta_nll(residual, log_std, config.beta), axis=-1))
-        energy_loss = jax.lax.cond(
+        energy_loss, energy_gap = jax.lax.cond(
             step >= head_steps,
-            lambda p: jnp.mean(nce(p, key, encoded.feature, residual)),
-            lambda p: jnp.zeros(()),
+            lambda p: nce(p, key, encoded.feature, residual),
+            lambda p: (jnp.zeros(()), jnp.zeros(())),
             params,
         )
         return head_loss + energy_loss, {
             "head_loss": head_loss,
             "energy_loss": energy_loss,
+            "energy_gap": energy_gap,
             "loss": head_loss + energy_loss,
             "residual_rms": jnp.sqrt(jnp.mean(jnp.square(residual * jnp.exp(log_std)))),
         }
@@ -134,6 +137,7 @@ def langevin_loss(config: ContrastiveConfig, forward: Forward) -> LossFn:
         return contrast + penalty, {
             "loss": contrast + penalty,
             "energy_loss": contrast,
+            "energy_gap": jnp.mean(energies[:-1]) - jnp.mean(energies[-1]),
             "gradient_penalty": penalty,
         }
 

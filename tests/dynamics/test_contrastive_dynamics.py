@@ -83,7 +83,7 @@ def test_the_head_trains_alone_and_is_then_left_to_its_own_loss(
     before = proposal_state.params
     (head_only, first), (joint, second) = results[49], results[50]
     assert not moved(before.energy, head_only.params.energy)
-    assert float(first["energy_loss"]) == 0.0
+    assert float(first["energy_loss"]) == float(first["energy_gap"]) == 0.0
     assert moved(before.energy, joint.params.energy)
     assert float(second["energy_loss"]) > 0.0
     assert int(joint.step) == 51
@@ -96,6 +96,22 @@ def test_the_head_trains_alone_and_is_then_left_to_its_own_loss(
             getattr(joint.params, part),
         )
     jax.tree.map(np.testing.assert_array_equal, before.scales, joint.params.scales)
+
+
+def test_energies_that_run_away_are_seen_in_the_gap(
+    proposal_update, proposal_state, batch
+):
+    state, gaps = proposal_state._replace(step=jnp.int32(50)), []
+    for scale in (1.0, 1e7):
+        energy = jax.tree.map(lambda leaf: leaf, state.params.energy)
+        energy["params"]["output"]["kernel"] *= scale
+        grown = state._replace(params=state.params._replace(energy=energy))
+        gaps.append(
+            float(proposal_update(jax.random.key(2), grown, batch)[1]["energy_gap"])
+        )
+    assert 0 < abs(gaps[0]) < 10
+    np.testing.assert_allclose(gaps[1], 1e7 * gaps[0], rtol=1e-3)
+    assert abs(gaps[1]) > 1e4  # where the experiments stop
 
 
 def test_the_energy_costs_nothing_in_the_heads_phase(proposal, proposal_state, batch):
@@ -153,6 +169,7 @@ def test_chains_that_cannot_be_told_from_data_cost_log_17(
     update = jax.jit(langevin.update)
     _, metrics = update(jax.random.key(6), langevin_state._replace(params=flat), batch)
     np.testing.assert_allclose(metrics["energy_loss"], np.log(17.0), rtol=1e-6)
+    np.testing.assert_allclose(metrics["energy_gap"], 0.0, atol=1e-6)
     assert float(metrics["gradient_penalty"]) == 0.0
     assert float(metrics["loss"]) == pytest.approx(np.log(17.0))
     # Steep energies are penalised: a slope of a costs (a - 5)².
