@@ -18,13 +18,13 @@ from emfuse_jax.dynamics import (
 from emfuse_jax.loops import fit
 
 SPEC = SpaceSpec(observation_size=1, action_size=1)
-BATCH, SIZES, NUM_STEPS = 64, (64, 64, 64), 500
+BATCH, SIZES, NUM_STEPS, SEEDS = 64, (64, 64, 64), 500, 6
 
 
 def train(learner, dataset, target):
+    """Parameters of ``[seed]`` models."""
     scales = fit_scales(dataset, 1, target=target)
 
-    @jax.jit
     def run(key, data):
         key_init, key_fit = jax.random.split(key)
         state, _ = fit(
@@ -38,11 +38,12 @@ def train(learner, dataset, target):
         )
         return state.params
 
-    return run(jax.random.key(0), jax.tree.map(jnp.asarray, dataset))
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    return jax.jit(jax.vmap(run, (0, None)))(keys, jax.tree.map(jnp.asarray, dataset))
 
 
 def errors_by_side(model, params, law):
-    """RMS error of the mean within 0.1 of the jump, left and right of it."""
+    """RMS errors ``[side, seed]`` within 0.1 of the jump, left and right of it."""
     side = np.linspace(0.005, 0.1, 40)
     state, action = np.meshgrid(np.append(-side, side), np.linspace(-0.8, 0.8, 9))
     state, action = (np.float32(x.reshape(-1, 1)) for x in (state, action))
@@ -51,10 +52,12 @@ def errors_by_side(model, params, law):
         jnp.asarray(action)[None],
         jnp.ones((1, len(state)), bool),
     )
-    predicted = jax.jit(model.predict)(params, jax.random.key(1), history)
-    error = np.asarray(predicted.next_observation - law.mean(state, action))
+    predict = jax.jit(jax.vmap(model.predict, (0, None, None)))
+    predicted = predict(params, jax.random.key(1), history)
+    error = np.asarray(predicted.next_observation) - np.asarray(law.mean(state, action))
     assert not predicted.uncertainty.any()  # one slice, or one member
-    return [np.sqrt(np.mean(error[where] ** 2)) for where in (state < 0, state > 0)]
+    sides = (state < 0)[:, 0], (state > 0)[:, 0]
+    return np.stack([np.sqrt(np.mean(error[:, x] ** 2, axis=(1, 2))) for x in sides])
 
 
 def test_errs_less_than_a_regressor_on_both_sides_of_a_jump():
@@ -76,10 +79,10 @@ def test_errs_less_than_a_regressor_on_both_sides_of_a_jump():
         EnsembleConfig(num_members=1, hidden_sizes=SIZES, **same), SPEC
     )
     theirs = errors_by_side(mlp.model, train(mlp, dataset, "standard"), law)
-    for side in range(2):
-        assert ours[side] < 0.8 * theirs[side]
+    less = theirs - ours
+    assert (less.mean(1) > 3.0 * less.std(1, ddof=1) / np.sqrt(SEEDS)).all()
     # The regressor has learned the rest: its error is the jump's, half of 1 at most.
-    assert max(theirs) < 0.5
+    assert theirs.max() < 0.5
 
 
 def test_reads_the_newest_lag_only():
