@@ -191,6 +191,9 @@ def unpadded_and_padded(rule):
 def test_padding_is_invisible(name):
     plain, padded = unpadded_and_padded(RULES[name]())
     close(plain, padded)
+    (first, more, end), _ = plain
+    assert np.abs(first - end).max() > 1e-2
+    assert np.abs(more[:, 0] - end).max() > 1e-2
 
 
 def test_a_prompt_padded_on_the_right_is_fused_at_its_end():
@@ -202,6 +205,8 @@ def test_a_prompt_padded_on_the_right_is_fused_at_its_end():
     padded, cached = prefill(PARAMS, tokens, valid, cache)
     plain, same = prefill(PARAMS, TEXT[:1, :3], jnp.ones((1, 3), bool), cache)
     close((padded, cached), (plain, same))
+    read_as_text, _ = prefill(PARAMS, tokens, jnp.ones((1, 5), bool), cache)
+    assert np.abs(read_as_text - plain).max() > 1e-2
 
 
 def test_a_stack_equals_a_tuple():

@@ -104,6 +104,8 @@ def test_params_outlive_the_file(saved):
     with path.open("r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     jax.tree.map(np.testing.assert_array_equal, params, random_params(CONFIGS["llama"]))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_params(folder, CONFIGS["llama"])
 
 
 def test_stop_tokens_come_from_every_file(tmp_path):
@@ -118,7 +120,9 @@ def test_stop_tokens_come_from_every_file(tmp_path):
 
 def test_older_files_tables_are_passed_over(saved):
     folder, edit = saved
-    edit(**{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(**{table: np.ones(4, np.float32)})
+    assert table in read_tensors(folder / "model.safetensors")
     params = load_language_model(folder).params
     jax.tree.map(np.testing.assert_array_equal, params, random_params(CONFIGS["llama"]))
 

@@ -152,13 +152,17 @@ def test_two_processes_draw_the_numbers_of_one(results):
 
 @pytest.mark.slow
 def test_two_processes_find_the_uncertainties_of_one(results):
-    close(results["uncertainty"], dispersion(PARAMS, slices()))
+    expected = dispersion(PARAMS, slices())
+    close(results["uncertainty"], expected)
+    assert np.ptp(expected) > 1e-3  # rows in another order would show
 
 
 @pytest.mark.slow
 def test_a_run_of_eight_devices_resumes_on_two_processes(results, alone):
     for name, expected in alone[0].params.items():
         close(results[f"resumed_{name}"], expected)
+    start = energy_learner().init(jax.random.key(0)).params
+    assert any(np.abs(start[k] - v).max() > 1e-3 for k, v in alone[0].params.items())
 
 
 @pytest.mark.slow

@@ -274,6 +274,7 @@ def test_a_step_leaves_its_state_alone_and_repeats_itself():
     first, second = sampler.step(KEY, state)[0], sampler.step(KEY, state)[0]
     for one, two in ((first, second), (state, before)):
         jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert (first.position != state.position).all()
 
 
 @pytest.mark.parametrize(
