@@ -10,6 +10,7 @@ et al., ICML 2024 (ETM) for the energy and its published training.
 
 import dataclasses
 
+from emfuse_jax._settings import at_least
 from emfuse_jax.base import Dynamics, SpaceSpec
 from emfuse_jax.dynamics.base import Anchor
 from emfuse_jax.dynamics.contrastive import ContrastiveConfig, contrastive_dynamics
@@ -43,9 +44,7 @@ class AdetmConfig(ContrastiveConfig):
                 f"num_lags={self.num_lags} leaves no slices to compare; use at least 2, "
                 "or etm for a one-step model"
             )
-        for name in ("state_features", "action_features", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        at_least(self, 1, "state_features", "action_features", "num_heads")
         if self.action_features % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must divide action_features={self.action_features}"

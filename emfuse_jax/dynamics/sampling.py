@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from emfuse_jax._settings import at_least, positive
 from emfuse_jax.base import EnergyFn, Sampler
 from emfuse_jax.samplers import annealed_langevin, etm_langevin, etm_schedule
 
@@ -48,22 +49,14 @@ class SamplingConfig:
     block_rows: int = 512
 
     def __post_init__(self) -> None:
-        not_negative = (
-            "num_steps",
-            "uncertainty_steps",
-            "noise",
-            "temperature",
-            "spread",
-        )
-        for name in (*not_negative, "block_rows"):
-            value, least = getattr(self, name), int(name == "block_rows")
-            if value is not None and not value >= least:
-                raise ValueError(f"{name}={value}; expected at least {least}")
-        for name in ("margin", "first", "last", "drift_clip", "step_clip"):
+        at_least(self, 0, "num_steps", "uncertainty_steps", "noise", "temperature")
+        at_least(self, 0, "spread")
+        at_least(self, 1, "block_rows")
+        positive(self, "margin", "first", "last")
+        for name in ("drift_clip", "step_clip"):  # infinite ones clip nothing
             if not getattr(self, name) > 0:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}; expected a positive number: a chain "
-                    "descends by steps of its own, within the margin"
+                    f"{name}={getattr(self, name)}; expected a positive number"
                 )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from emfuse_jax._settings import at_least
 from emfuse_jax.base import History, Params, Prediction, TransitionModel
 from emfuse_jax.dynamics.base import pick_slice
 from emfuse_jax.dynamics.sampling import SamplingConfig
@@ -50,10 +51,7 @@ class CandidateConfig:
         return dataclasses.replace(self.sampling, block_rows=rows)
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 1:
-            raise ValueError(
-                f"num_candidates={self.num_candidates}; expected at least 1"
-            )
+        at_least(self, 1, "num_candidates")
         if self.sampling.num_steps < 1:
             raise ValueError(
                 f"candidates with num_steps={self.sampling.num_steps} descend nowhere: "

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from emfuse_jax._settings import at_least, positive
 from emfuse_jax.nets.transformer import TransformerConfig
-from emfuse_jax.policies._settings import at_least, positive
 from emfuse_jax.samplers.descent import check_steps, descent
 
 __all__ = ["EbtConfig", "s1_config", "s2_config"]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from emfuse_jax._settings import decays, positive, rates
 from emfuse_jax.base import ActFn, Network, Params, SpaceSpec, Transition
 from emfuse_jax.data import normalizer as normalization
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.nets.denoiser import time_energy
 from emfuse_jax.policies._learning import decayed_adam, gradient_step, moving_average
-from emfuse_jax.policies._settings import decays, positive, rates
 from emfuse_jax.policies.diffusion import DiffusionConfig, GuidedDiffusion, guided_act
 
 

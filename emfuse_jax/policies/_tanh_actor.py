@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 
 from emfuse_jax import distributions
+from emfuse_jax._settings import require_key
 from emfuse_jax.base import ActFn, Params
 from emfuse_jax.nets.critic import gaussian_actor
-from emfuse_jax.policies._settings import require_key
 
 
 class TanhActor(NamedTuple):

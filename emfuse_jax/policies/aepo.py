@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from emfuse_jax._settings import at_least, rates
 from emfuse_jax.base import Metrics, Network, Params, Policy, SpaceSpec, Transition
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.policies import _analytic, _vp
@@ -36,7 +37,6 @@ from emfuse_jax.policies._guidance import (
     tilted_model,
 )
 from emfuse_jax.policies._learning import running_mean
-from emfuse_jax.policies._settings import at_least, rates
 from emfuse_jax.policies.diffusion import (
     DiffusionConfig,
     DiffusionParams,

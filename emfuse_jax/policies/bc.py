@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from emfuse_jax._settings import positive
 from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
 from emfuse_jax.policies._learning import decayed_adam, gradient_step
-from emfuse_jax.policies._settings import positive
 from emfuse_jax.policies._tanh_actor import tanh_actor
 from emfuse_jax.policies.sac import SacConfig, SacState
 

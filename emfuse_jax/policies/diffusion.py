@@ -28,6 +28,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from emfuse_jax._settings import (
+    at_least,
+    decays,
+    positive,
+    rates,
+    require_key,
+)
 from emfuse_jax.base import (
     ActFn,
     Metrics,
@@ -45,13 +52,6 @@ from emfuse_jax.policies._learning import (
     decayed_adam,
     gradient_step,
     moving_average,
-)
-from emfuse_jax.policies._settings import (
-    at_least,
-    decays,
-    positive,
-    rates,
-    require_key,
 )
 from emfuse_jax.policies._vp import NoiseFn
 

@@ -10,9 +10,9 @@ Reference:
 
 import dataclasses
 
+from emfuse_jax._settings import at_least
 from emfuse_jax.base import Policy, SpaceSpec
 from emfuse_jax.nets.transformer import TransformerConfig, transformer_denoiser
-from emfuse_jax.policies._settings import at_least
 from emfuse_jax.policies.diffusion import DiffusionConfig, diffusion
 
 __all__ = ["DiffusionTransformerConfig", "diffusion_transformer"]

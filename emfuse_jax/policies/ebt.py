@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from emfuse_jax._settings import require_key
 from emfuse_jax.base import (
     EnergyFn,
     Metrics,
@@ -43,7 +44,6 @@ from emfuse_jax.nets.energy import EnergyNetwork
 from emfuse_jax.nets.transformer import EnergyTransformer, energy_transformer
 from emfuse_jax.policies._ebt_config import EbtConfig, s1_config, s2_config
 from emfuse_jax.policies._ebt_loss import descent_loss, policy_descent
-from emfuse_jax.policies._settings import require_key
 from emfuse_jax.samplers.descent import minimize
 
 __all__ = [

@@ -31,6 +31,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from emfuse_jax._settings import at_least, positive, rates
 from emfuse_jax.base import (
     EnergyFn,
     Metrics,
@@ -48,7 +49,6 @@ from emfuse_jax.losses.negatives import chain_negatives, uniform_negatives
 from emfuse_jax.losses.penalties import gradient_penalty
 from emfuse_jax.nets.energy import EnergyNetwork, conditional_energy
 from emfuse_jax.policies._learning import gradient_step
-from emfuse_jax.policies._settings import at_least, positive, rates
 from emfuse_jax.samplers.derivative_free import derivative_free
 from emfuse_jax.samplers.langevin import etm_langevin
 

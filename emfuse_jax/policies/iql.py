@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from emfuse_jax._settings import decays, discounts, positive, rates
 from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
 from emfuse_jax.nets.critic import q_ensemble
 from emfuse_jax.nets.mlp import mlp
 from emfuse_jax.policies._learning import decayed_adam, gradient_step
-from emfuse_jax.policies._settings import decays, discounts, positive, rates
 from emfuse_jax.policies._tanh_actor import of_actor, tanh_actor
 from emfuse_jax.policies.sac import critic_loss, critic_target
 

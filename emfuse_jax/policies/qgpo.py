@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from emfuse_jax._settings import at_least, discounts, positive, rates
 from emfuse_jax.base import (
     ActFn,
     Buffer,
@@ -57,7 +58,6 @@ from emfuse_jax.policies._qgpo_losses import (
     split_energy_loss,
     support_value,
 )
-from emfuse_jax.policies._settings import at_least, discounts, positive, rates
 from emfuse_jax.policies.diffusion import (
     DiffusionConfig,
     DiffusionParams,

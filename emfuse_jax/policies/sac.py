@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from emfuse_jax._settings import decays, discounts, positive, rates
 from emfuse_jax.base import Metrics, Params, Policy, SpaceSpec, Transition
 from emfuse_jax.nets.critic import q_ensemble
 from emfuse_jax.policies._learning import decayed_adam, gradient_step
-from emfuse_jax.policies._settings import decays, discounts, positive, rates
 from emfuse_jax.policies._tanh_actor import of_actor, tanh_actor
 
 

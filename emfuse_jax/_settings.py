@@ -1,13 +1,13 @@
-"""What the configs of policies refuse, in one wording. None passes where it is allowed."""
+"""What configs refuse, in one wording. None passes where it is allowed."""
 
 from typing import Any
 
 
 def at_least(config: Any, least: int, *names: str) -> None:
-    """Refuses fields below ``least``, and NaN."""
+    """Refuses fields below ``least``, and NaN; None passes."""
     for name in names:
         value = getattr(config, name)
-        if not value >= least:
+        if value is not None and not value >= least:
             raise ValueError(f"{name}={value}; expected at least {least}")
 
 
