@@ -7,6 +7,7 @@ simulator's state before each step, and attributes that say how the file was mad
 Reference: Fu et al., "D4RL", 2020, https://arxiv.org/abs/2004.07219.
 """
 
+import io
 import os
 import pathlib
 from collections.abc import Mapping
@@ -169,7 +170,7 @@ def write_d4rl(
     partial = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(image)
+            file.write(image.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -183,10 +184,11 @@ def write_d4rl(
 
 def _image(
     arrays: Mapping[str, np.ndarray], attributes: Mapping[str, str | float | int]
-) -> bytes:
-    """The file's bytes, made in memory: HDF5 ends the process where a disk is full."""
+) -> io.BytesIO:
+    """The file, made in memory: HDF5 ends the process where a disk is full."""
     h5py = import_h5py()
-    with h5py.File("image", "w", driver="core", backing_store=False) as file:
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
         for key, value in arrays.items():
             file.create_dataset(
                 key,
@@ -199,8 +201,7 @@ def _image(
             # A string of fixed length: see `_attribute`.
             fixed = np.bytes_(value.encode()) if isinstance(value, str) else value
             file.attrs[name] = fixed
-        file.flush()
-        return file.id.get_file_image()
+    return image
 
 
 def dataset_arrays(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -134,9 +134,9 @@ def local_datasets(root: str | pathlib.Path | None = None) -> list[str]:
 def _check_files(data: pathlib.Path) -> None:
     """Before Minari opens them: episodes that are not there, and arrays that lead out of
     the file or claim to be far larger than it."""
+    told = json.loads((data / "metadata.json").read_text())["total_episodes"]
     for path in data.glob("*.hdf5"):
         count = check_nested(path)
-        told = json.loads((data / "metadata.json").read_text())["total_episodes"]
         if told > count:
             raise RefusedError(
                 f"metadata.json tells of {told} episodes, {path.name} has {count}"
@@ -225,17 +225,10 @@ def _episode_buffers(dataset: Dataset) -> list[Any]:
 
 def _check_room(folder: pathlib.Path, target: pathlib.Path, buffers: list[Any]) -> None:
     """Beforehand: where a disk is full, HDF5 ends the process instead of raising."""
-    sizes = [
-        sum(
-            np.asarray(getattr(b, n)).nbytes
-            for n in ("observations", "actions", *_PER_STEP)
-        )
-        for b in buffers
-    ]
-    needed, free = (
-        sum(sizes) + _EPISODE_BYTES * len(sizes),
-        shutil.disk_usage(folder).free,
-    )
+    names = ("observations", "actions", *_PER_STEP)
+    size = sum(np.asarray(getattr(b, name)).nbytes for b in buffers for name in names)
+    needed = size + _EPISODE_BYTES * len(buffers)
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             errno.ENOSPC, f"{needed} bytes are needed and {free} are free", str(target)
