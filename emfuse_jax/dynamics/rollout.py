@@ -134,7 +134,6 @@ def rollout(
         >>> steps.reward[:, 0].tolist(), steps.valid[:, 0].tolist()
         ([3.0, 2.0, 1.0, 0.0, -1.0], [True, True, True, False, False])
     """
-
     if unknown not in ("truncate", "terminate"):
         raise ValueError(f"unknown={unknown!r}; expected truncate or terminate")
     if halt_value is not None and unknown != "terminate":
@@ -145,40 +144,63 @@ def rollout(
 
     def step(carry: tuple[History, jax.Array], time: jax.Array):
         past, alive = carry
-        step_key = jax.random.fold_in(key, time)
-        key_policy, key_model = jax.random.split(step_key)
+        key_policy, key_model = jax.random.split(jax.random.fold_in(key, time))
         observation = past.observation[0]
         action = policy(key_policy, observation)
         past = act_on(past, action)
         predicted, known = _finite(model.predict(params, key_model, past), observation)
         following, uncertainty = predicted.next_observation, predicted.uncertainty
         terminated = terminated_fn(observation, action, following)
-        paid, cut = predicted.reward - penalty * uncertainty, ~known
-        beyond = jnp.zeros_like(cut)
-        if truncate_above is not None:
-            beyond = uncertainty > truncate_above
-        if halt_value is not None:
-            # What is not even finite is as unknown as can be.
-            beyond, known = beyond | cut, jnp.ones_like(known)
-            paid = jnp.where(beyond, halt_value, paid)
-        if unknown == "truncate":
-            cut = cut | beyond
-        else:
-            terminated = terminated | beyond
+        paid = predicted.reward - penalty * uncertainty
+        end = _end(
+            terminated, paid, uncertainty, known, truncate_above, unknown, halt_value
+        )
         transition = Transition(
             observation=observation,
             action=action,
-            reward=paid,
+            reward=end.paid,
             next_observation=following,
-            terminated=terminated,
-            truncated=~terminated & (cut | (time == horizon - 1)),
+            terminated=end.terminated,
+            truncated=~end.terminated & (end.cut | (time == horizon - 1)),
         )
-        out = Rollout(transition, predicted.reward, uncertainty, alive & known)
-        return (push(past, following), alive & ~terminated & ~cut), out
+        out = Rollout(transition, predicted.reward, uncertainty, alive & end.known)
+        return (push(past, following), alive & ~end.terminated & ~end.cut), out
 
     alive = jnp.ones(history.valid.shape[1:], bool)
     _, steps = jax.lax.scan(step, (history, alive), jnp.arange(horizon))
     return steps
+
+
+class _End(NamedTuple):
+    """Which rows of a step end and how, what they are paid, and which count; ``[batch]``."""
+
+    terminated: jax.Array
+    cut: jax.Array
+    paid: jax.Array
+    known: jax.Array
+
+
+def _end(
+    terminated: jax.Array,
+    paid: jax.Array,
+    uncertainty: jax.Array,
+    known: jax.Array,
+    truncate_above: float | jax.Array | None,
+    unknown: str,
+    halt_value: float | jax.Array | None,
+) -> _End:
+    """What becomes of rows where the model knows too little, or nothing finite."""
+    cut = ~known
+    beyond = jnp.zeros_like(cut)
+    if truncate_above is not None:
+        beyond = uncertainty > truncate_above
+    if halt_value is not None:
+        # What is not even finite is as unknown as can be.
+        beyond, known = beyond | cut, jnp.ones_like(known)
+        paid = jnp.where(beyond, halt_value, paid)
+    if unknown == "truncate":
+        return _End(terminated, cut | beyond, paid, known)
+    return _End(terminated | beyond, cut, paid, known)
 
 
 def _finite(
