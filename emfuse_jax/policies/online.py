@@ -7,6 +7,7 @@ chunk ends, and ``vmap`` over keys trains several seeds at once.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,17 +127,7 @@ def online(
         keys = jax.random.split(key_step, config.num_envs)
         return jax.vmap(envs.step)(keys, state.env, action)
 
-    def learn(
-        key_data: jax.Array, learner: State, replay: State
-    ) -> tuple[State, Metrics]:
-        def one(step_key: jax.Array, carry: State) -> tuple[State, Metrics]:
-            key_sample, key_update = jax.random.split(step_key)
-            return policy.update(key_update, carry, buffer.sample(key_sample, replay))
-
-        learner, metrics = scan_steps(
-            jax.random.wrap_key_data(key_data), one, learner, config.updates_per_step
-        )
-        return learner, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
+    learn = _learn(policy, buffer, config.updates_per_step)
 
     def update(
         key: jax.Array, state: OnlineState, batch: Any = None
@@ -162,6 +153,24 @@ def online(
         return OnlineState(learner, env_state, replay, num_steps), metrics
 
     return Learner(init=init, update=update)
+
+
+def _learn(policy: Policy, buffer: Buffer, num_updates: int) -> Callable[..., Any]:
+    """``(key data, policy's state, replay) -> (state, mean metrics)``: the updates of a
+    step."""
+
+    def learn(
+        key_data: jax.Array, learner: State, replay: State
+    ) -> tuple[State, Metrics]:
+        def one(step_key: jax.Array, carry: State) -> tuple[State, Metrics]:
+            key_sample, key_update = jax.random.split(step_key)
+            return policy.update(key_update, carry, buffer.sample(key_sample, replay))
+
+        key = jax.random.wrap_key_data(key_data)
+        learner, metrics = scan_steps(key, one, learner, num_updates)
+        return learner, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
+
+    return learn
 
 
 def _experience(transition: Transition, env: AutoResetState) -> Metrics:
