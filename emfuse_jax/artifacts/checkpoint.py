@@ -13,7 +13,6 @@ processes and devices.
 """
 
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -24,10 +23,30 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from emfuse_jax.artifacts._leaves import (
+    canonical,
+    check_architecture,
+    describe_leaves,
+    placed,
+    tree_digest,
+)
+from emfuse_jax.artifacts._processes import anywhere, leads, wait_for_all
 from emfuse_jax.artifacts.config import read_json, to_json
+
+__all__ = [
+    "Restored",
+    "best_step",
+    "delete",
+    "delete_after",
+    "read_meta",
+    "restore",
+    "restore_latest",
+    "save",
+    "steps",
+    "tree_digest",
+]
 
 _DELETED = ".deleted"
 
@@ -84,13 +103,13 @@ def save(
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1")
     folder = pathlib.Path(path).absolute()
-    tree = jax.tree.map(_canonical, tree)
+    tree = jax.tree.map(canonical, tree)
     number = None if score is None else float(np.asarray(score))
     meta = {
         "step": int(step),
         "score": None if number is None or np.isnan(number) else number,
         "digest": tree_digest(tree),
-        "leaves": _describe(tree),
+        "leaves": describe_leaves(tree),
         "config": to_json(config),
     }
     meta["check"] = _meta_digest(meta)
@@ -185,7 +204,7 @@ def restore_latest(
             tree = _read(folder, step, like)
         except _DamageError as error:
             damage = str(error)
-        if _anywhere(damage is not None):
+        if anywhere(damage is not None):
             damaged[step] = damage or "another process could not read it"
             continue
         if discard_damaged:
@@ -285,23 +304,6 @@ def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
     return meta
 
 
-def tree_digest(tree: Any) -> str:
-    """A digest of every leaf's name, shape, dtype and bits.
-
-    Example:
-        >>> tree_digest({"w": jnp.zeros(2)}) == tree_digest({"w": jnp.zeros(2)})
-        True
-        >>> tree_digest({"w": jnp.zeros(2)}) == tree_digest({"w": -jnp.zeros(2)})
-        False
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, leaf in _named_leaves(jax.tree.map(_canonical, tree)):
-        array = _whole(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def _meta_digest(meta: dict[str, Any]) -> str:
     """Of all but itself: a changed score would choose another best checkpoint."""
     rest = {key: value for key, value in meta.items() if key != "check"}
@@ -321,8 +323,8 @@ def _read(folder: pathlib.Path, step: int, like: Any) -> Any:
         saved, digest = meta["leaves"], meta["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _DamageError(_brief(error)) from error
-    _check_architecture(saved, _describe(like), folder / str(step))
-    template = jax.tree.map(_placed, like)
+    check_architecture(saved, describe_leaves(like), folder / str(step))
+    template = jax.tree.map(placed, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder / str(step) / "state", template)
@@ -337,10 +339,10 @@ def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> 
     """Writes under a temporary name, which orbax changes when all is on the disk."""
     import orbax.checkpoint as ocp
 
-    if _leads():
+    if leads():
         folder.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder)
-    _wait_for_all("cleared")
+    wait_for_all("cleared")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
@@ -366,38 +368,6 @@ def _clear_leftovers(folder: pathlib.Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _leads() -> bool:
-    """Whether this process writes what is written once."""
-    return jax.process_index() == 0
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"emfuse_jax checkpoint {name}")
-
-
-def _anywhere(flag: bool) -> bool:
-    """Whether it holds in any process; the same answer in all."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-def _whole(leaf: Any) -> np.ndarray:
-    """All of an array, also where other processes hold parts of it."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    if leaf.is_fully_replicated:
-        return np.asarray(leaf.addressable_data(0))
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-
-
 def _errno(error: BaseException | None) -> int:
     """What the system said, however deep below; EIO where it said nothing."""
     while error is not None:
@@ -415,14 +385,14 @@ def _preserved(folder: pathlib.Path, keep: int) -> set[int]:
 
 
 def _delete(folder: pathlib.Path, unwanted: Callable[[], set[int]]) -> None:
-    if _leads():
+    if leads():
         trash = folder / _DELETED
         for step in sorted(unwanted()):
             # Renamed first: a kill in the middle leaves no half of a checkpoint behind.
             trash.mkdir(exist_ok=True)
             os.replace(folder / str(step), trash / f"{step}-{os.getpid()}")
         shutil.rmtree(trash, ignore_errors=True)
-    _wait_for_all("deleted")
+    wait_for_all("deleted")
 
 
 def _readable_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
@@ -430,56 +400,6 @@ def _readable_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
         return read_meta(path, step)
     except (OSError, ValueError):
         return {}
-
-
-def _check_architecture(saved: Any, expected: Any, where: pathlib.Path) -> None:
-    for name in dict.fromkeys([*saved, *expected]):
-        here, there = expected.get(name), saved.get(name)
-        if here != there:
-            raise ValueError(
-                f"{where} is of another architecture: leaf {name} is "
-                f"{there or 'absent'} in the checkpoint, {here or 'absent'} in the "
-                "model; build the model with the config that it was trained with"
-            )
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    return {
-        name: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
-        for name, leaf in _named_leaves(tree)
-    }
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    return [(name(path), leaf) for path, leaf in leaves]
-
-
-def _canonical(leaf: Any) -> Any:
-    """Python numbers as the arrays that jax would make of them."""
-    if isinstance(leaf, bool | int | float):
-        return np.asarray(leaf, jnp.result_type(leaf))
-    if jax.process_count() > 1 and isinstance(leaf, jax.Array) and not _is_key(leaf):
-        # Orbax takes the arrays of one process from nobody but numpy.
-        return np.asarray(leaf) if leaf.is_fully_addressable else leaf
-    return leaf
-
-
-def _placed(leaf: Any) -> Any:
-    """The leaf as a template: shape, dtype and where to put it."""
-    if isinstance(leaf, bool | int | float | np.ndarray | np.generic):
-        return leaf
-    sharding = leaf.sharding
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
 
 
 def _brief(error: BaseException) -> str:

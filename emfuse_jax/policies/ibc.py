@@ -20,18 +20,14 @@ References:
     https://arxiv.org/abs/2309.05803
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from emfuse_jax._settings import at_least, positive, rates
 from emfuse_jax.base import (
     EnergyFn,
     Metrics,
@@ -48,85 +44,28 @@ from emfuse_jax.losses.contrastive import info_nce, ranking_nce
 from emfuse_jax.losses.negatives import chain_negatives, uniform_negatives
 from emfuse_jax.losses.penalties import gradient_penalty
 from emfuse_jax.nets.energy import EnergyNetwork, conditional_energy
+from emfuse_jax.policies._action_box import (
+    ActionBox,
+    action_box,
+    checked_box,
+    scale,
+    unscale,
+)
+from emfuse_jax.policies._ibc_config import IbcConfig, evaluations_per_action
 from emfuse_jax.policies._learning import gradient_step
 from emfuse_jax.samplers.derivative_free import derivative_free
 from emfuse_jax.samplers.langevin import etm_langevin
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IbcConfig:
-    """Settings of `ibc`; lengths are in the box scaled to [-1, 1].
-
-    Attributes:
-        hidden_sizes: of the energy, unless a network is passed.
-        learning_rate: Adam.
-        decay: factor of the learning rate every 100 updates; 1 keeps it.
-        negatives: where they come from: uniform in the box, langevin chains on the
-            energy from uniform starts, or a proposal of known density.
-        num_negatives: per recorded action.
-        ranking_correction: subtract the proposal's log-density from the logits.
-        penalty: weight of the gradient penalty, on all candidates; 0 for none. Published
-            with Langevin negatives, at the last step of their chains.
-        margin: largest slope that costs nothing, in the maximum norm.
-        chain_steps: Langevin steps, of negatives and of acting.
-        first_step: rate of a chain's first step.
-        last_step: rate of its last.
-        noise: factor of a chain's noise, which is multiplied by the rate.
-        step_clip: largest move of a coordinate in a step.
-        inference: how to act: langevin or derivative_free.
-        num_samples: candidates per action.
-        second_pass: follow the chains by as many steps at the last rate and half the
-            noise.
-        search_steps: resampling steps of the derivative-free search.
-        search_noise: standard deviation of its first noise, halved in every step.
-    """
-
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    learning_rate: float = 1e-3
-    decay: float = 0.99
-    negatives: Literal["uniform", "langevin", "proposal"] = "langevin"
-    num_negatives: int = 8
-    ranking_correction: bool = False
-    penalty: float = 1.0
-    margin: float = 1.0
-    chain_steps: int = 100
-    first_step: float = 0.1
-    last_step: float = 1e-5
-    noise: float = 1.0
-    step_clip: float = 0.1
-    inference: Literal["langevin", "derivative_free"] = "langevin"
-    num_samples: int = 512
-    second_pass: bool = False
-    search_steps: int = 3
-    search_noise: float = 0.33
-
-    def __post_init__(self) -> None:
-        choices = {
-            "negatives": ("uniform", "langevin", "proposal"),
-            "inference": ("langevin", "derivative_free"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}; expected one of {allowed}"
-                )
-        counts = ("num_negatives", "chain_steps", "num_samples", "search_steps")
-        at_least(self, 1, *counts)
-        at_least(self, 0, "penalty", "margin", "noise", "search_noise")
-        positive(self, "learning_rate", "first_step", "last_step", "step_clip")
-        rates(self, "decay")
-        if self.ranking_correction and self.negatives == "langevin":
-            raise ValueError(
-                "ranking_correction needs the density of the negatives, which chains on "
-                "the energy do not have; take negatives='proposal', or 'uniform'"
-            )
-
-
-class ActionBox(NamedTuple):
-    """Where actions are searched, in raw units: ``low < high`` in every dimension."""
-
-    low: Float[Array, "act"]
-    high: Float[Array, "act"]
+__all__ = [
+    "ActionBox",
+    "IbcConfig",
+    "IbcParams",
+    "IbcState",
+    "Proposal",
+    "action_box",
+    "evaluations_per_action",
+    "ibc",
+]
 
 
 class Proposal(NamedTuple):
@@ -154,63 +93,6 @@ class IbcState(NamedTuple):
     params: IbcParams
     optimizer: optax.OptState
     step: jax.Array
-
-
-def action_box(
-    actions: Any, *, margin: float = 0.05, limits: tuple[float, float] = (-1.0, 1.0)
-) -> ActionBox:
-    """The range of recorded actions, widened by ``margin`` of it, within ``limits``.
-
-    A wrong box is the most common fault of implicit cloning: too small and the expert's
-    own actions cannot be found, too large and most negatives teach nothing.
-
-    Args:
-        actions: ``[rows, act]``.
-        margin: share of the range added at either end. A constant dimension gets this
-            share of the limits' range.
-        limits: of the actions that the environment takes.
-
-    Raises:
-        ValueError: without rows, if actions lie outside the limits, or for a negative
-            margin.
-
-    Example:
-        >>> box = action_box(jnp.array([[-0.5, 0.0], [0.5, 1.0]]))
-        >>> [f"{x:.2f}" for x in (*box.low, *box.high)]
-        ['-0.55', '-0.05', '0.55', '1.00']
-    """
-    actions = np.asarray(actions, np.float32)
-    if actions.ndim != 2 or len(actions) == 0:
-        raise ValueError(f"actions of shape {actions.shape}; expected [rows, act]")
-    if not margin >= 0:
-        raise ValueError(f"margin={margin}; expected 0 or more: the box holds the data")
-    least, most = actions.min(axis=0), actions.max(axis=0)
-    if (least < limits[0] - 1e-6).any() or (most > limits[1] + 1e-6).any():
-        raise ValueError(
-            f"actions reach from {float(least.min()):.4g} to {float(most.max()):.4g}, "
-            f"outside the limits {limits}; rescale them, or pass their own limits"
-        )
-    width = most - least
-    width = np.where(width > 1e-6, width, limits[1] - limits[0])
-    return ActionBox(
-        jnp.asarray(np.maximum(least - margin * width, limits[0])),
-        jnp.asarray(np.minimum(most + margin * width, limits[1])),
-    )
-
-
-def evaluations_per_action(config: IbcConfig) -> tuple[int, int]:
-    """Energies and gradients of energies that one action takes, in rows of the network.
-
-    Example:
-        >>> evaluations_per_action(
-        ...     IbcConfig(inference="derivative_free", num_samples=256, search_steps=3)
-        ... )
-        (1024, 0)
-    """
-    if config.inference == "derivative_free":
-        return config.num_samples * (config.search_steps + 1), 0
-    steps = config.chain_steps * (2 if config.second_pass else 1)
-    return config.num_samples, config.num_samples * steps
 
 
 def ibc(
@@ -266,7 +148,9 @@ def ibc(
         if normalizer is None:
             normalizer = normalization.identity_normalizer(size)
         energy = network.init(key, jnp.zeros(size), one)
-        box = ActionBox(-one, one) if box is None else _checked(box, spec.action_size)
+        box = (
+            ActionBox(-one, one) if box is None else checked_box(box, spec.action_size)
+        )
         params = IbcParams(energy, normalizer, box)
         return IbcState(params, optimizer.init(energy), jnp.zeros((), jnp.int32))
 
@@ -274,7 +158,7 @@ def ibc(
         params: IbcParams, observation: jax.Array, action: jax.Array
     ) -> jax.Array:
         energy_fn = _condition(network, params, observation)
-        return energy_fn(_scale(params.box, action))
+        return energy_fn(scale(params.box, action))
 
     def update(
         key: jax.Array, state: IbcState, batch: Transition
@@ -297,7 +181,7 @@ def ibc(
         chosen = _choose(
             key_choice, candidates, energy_fn(candidates), deterministic=deterministic
         )
-        return _unscale(params.box, chosen)
+        return unscale(params.box, chosen)
 
     return Policy(init, update, act, energy)
 
@@ -315,7 +199,7 @@ def _update(
     params = state.params
     old_energy = _condition(network, params, batch.observation)
     negatives = _negatives(key, config, proposal, params.box, old_energy, batch)
-    recorded = _scale(params.box, batch.action)
+    recorded = scale(params.box, batch.action)
 
     def objective(trained: Params) -> tuple[jax.Array, Metrics]:
         new = params._replace(energy=trained)
@@ -327,24 +211,6 @@ def _update(
     )
     params = params._replace(energy=trained)
     return IbcState(params, new, state.step + 1), metrics
-
-
-def _checked(box: ActionBox, action_size: int) -> ActionBox:
-    """The box; raises unless ``low < high``, one of each per dimension."""
-    shapes = box.low.shape, box.high.shape
-    if shapes != ((action_size,), (action_size,)):
-        raise ValueError(
-            f"a box of shapes {shapes}; expected ({action_size},) twice, one bound per "
-            "dimension of an action"
-        )
-    traced = isinstance(box.low, Tracer) or isinstance(box.high, Tracer)
-    # NumPy's: jnp would trace the comparison of known bounds, too, where init is jitted.
-    if not traced and not np.all(np.asarray(box.low) < np.asarray(box.high)):
-        raise ValueError(
-            f"the box reaches from {box.low} to {box.high}; expected low < high in every "
-            "dimension, see action_box"
-        )
-    return box
 
 
 def _choose(
@@ -409,7 +275,7 @@ def _negatives(
     if proposal is not None:
         drawn, log_q = proposal.draw(key, batch.observation, config.num_negatives)
         known = proposal.log_prob(batch.observation, batch.action)
-        return jax.lax.stop_gradient(_Negatives(_scale(box, drawn), log_q, known))
+        return jax.lax.stop_gradient(_Negatives(scale(box, drawn), log_q, known))
     key_start, key_chain = jax.random.split(key)
     shape = (*rows, config.num_negatives, action_size)
     drawn = uniform_negatives(key_start, shape)
@@ -480,20 +346,3 @@ def _search(
         state, _ = run_sampler(key_second, sampler, position, config.chain_steps)
         position = state.position
     return position
-
-
-def _scale(box: ActionBox, action: jax.Array) -> jax.Array:
-    low, high = _spread(box, action)
-    return 2.0 * (action - low) / (high - low) - 1.0
-
-
-def _unscale(box: ActionBox, scaled: jax.Array) -> jax.Array:
-    low, high = _spread(box, scaled)
-    return jnp.clip(low + 0.5 * (scaled + 1.0) * (high - low), low, high)
-
-
-def _spread(box: ActionBox, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (
-        jnp.broadcast_to(box.low, action.shape),
-        jnp.broadcast_to(box.high, action.shape),
-    )
