@@ -217,7 +217,7 @@ def _model_wholes() -> list[bytes]:
 
 def _read_model(path: pathlib.Path) -> Any:
     from emfuse_jax import artifacts
-    from emfuse_jax.artifacts.runs import check_description
+    from emfuse_jax.artifacts.descriptions import check_description
 
     description = artifacts.read_json(path)
     check_description(description)  # as `load_run` does

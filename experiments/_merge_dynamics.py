@@ -9,7 +9,7 @@ import numpy as np
 
 from emfuse_jax import artifacts
 from emfuse_jax.artifacts import Trained
-from emfuse_jax.artifacts.runs import is_uniform
+from emfuse_jax.artifacts.descriptions import is_uniform
 from emfuse_jax.base import History, Params, TransitionModel
 from emfuse_jax.data import Dataset, concatenate, gather_history
 from emfuse_jax.dynamics import Expert, make_slices, pack_target

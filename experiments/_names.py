@@ -25,7 +25,7 @@ def meant(name: str, known: Callable[[], Iterable[str]]) -> Iterator[None]:
 
 def environments() -> list[str]:
     """Those that can be simulated here."""
-    from emfuse_jax.envs.mujoco_batch import ENVIRONMENTS
+    from emfuse_jax.envs.mujoco_table import ENVIRONMENTS
     from emfuse_jax.envs.pointmaze import MAZES
 
     return [*ENVIRONMENTS, *MAZES]

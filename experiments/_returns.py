@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from emfuse_jax.base import Policy, SpaceSpec
-from emfuse_jax.envs.mujoco_batch import ENVIRONMENTS, MujocoBatch
+from emfuse_jax.envs.mujoco_batch import MujocoBatch
+from emfuse_jax.envs.mujoco_table import ENVIRONMENTS
 from emfuse_jax.envs.pointmaze import MAZES, PointMazeBatch
 from emfuse_jax.evaluation.episodes import MAX_STEPS, ActFn, evaluate
 from emfuse_jax.evaluation.scores import normalized_score, reference_score

@@ -40,7 +40,8 @@ from emfuse_jax.data.d4rl_reader import KEYS, read_attributes, write_d4rl
 from emfuse_jax.data.dataset import episode_bounds, make_dataset
 from emfuse_jax.data.load import FORMATS
 from emfuse_jax.data.minari_reader import local_datasets, write_minari
-from emfuse_jax.envs.mujoco_batch import MujocoBatch, Physics, check_environment
+from emfuse_jax.envs.mujoco_batch import MujocoBatch
+from emfuse_jax.envs.mujoco_table import Physics, check_environment
 from emfuse_jax.evaluation.episodes import MAX_STEPS, ActFn, collect
 from emfuse_jax.evaluation.scores import (
     normalized_score,

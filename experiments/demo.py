@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from emfuse_jax import artifacts
 from emfuse_jax.artifacts.config import unknown_name
 from emfuse_jax.data.behaviour import load_behaviour
-from emfuse_jax.envs.mujoco_batch import check_environment
+from emfuse_jax.envs.mujoco_table import check_environment
 from experiments import _divergence, _dry_run, _lm_text, _names
 from experiments._gather import DEMO
 from experiments._jobs import RECORD_FILE, Job, run_jobs, succeeded

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from emfuse_jax import artifacts
-from emfuse_jax.artifacts.runs import MODEL_FILE
+from emfuse_jax.artifacts.descriptions import MODEL_FILE
 from emfuse_jax.energy import check_weights
 from emfuse_jax.merging import greedy_soup, model_soup
 from emfuse_jax.merging.regmean import check_options

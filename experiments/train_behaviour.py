@@ -36,7 +36,8 @@ from emfuse_jax.data.behaviour import (
     save_behaviour,
 )
 from emfuse_jax.data.buffer import ring_buffer
-from emfuse_jax.envs.mujoco_batch import MujocoBatch, check_environment
+from emfuse_jax.envs.mujoco_batch import MujocoBatch
+from emfuse_jax.envs.mujoco_table import check_environment
 from emfuse_jax.evaluation.episodes import MAX_STEPS, evaluate
 from emfuse_jax.evaluation.scores import (
     normalized_score,

@@ -20,18 +20,15 @@ from emfuse_jax.artifacts.config import (
     to_json,
     write_json,
 )
-from emfuse_jax.artifacts.metrics import MetricWriter, export_csv, read_metrics
-from emfuse_jax.artifacts.provenance import provenance
-from emfuse_jax.artifacts.runs import (
+from emfuse_jax.artifacts.descriptions import (
     KINDS,
-    Trained,
-    build,
     describe,
     describe_fusion,
-    join_params,
-    load_run,
     write_description,
 )
+from emfuse_jax.artifacts.metrics import MetricWriter, export_csv, read_metrics
+from emfuse_jax.artifacts.provenance import provenance
+from emfuse_jax.artifacts.runs import Trained, build, join_params, load_run
 
 __all__ = [
     "KINDS",

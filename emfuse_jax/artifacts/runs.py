@@ -14,17 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from emfuse_jax import dynamics
-from emfuse_jax.artifacts._descriptions import (
-    KINDS,
-    MAX_SIZE,
-    MODEL_FILE,
-    Kind,
-    check_description,
-    describe,
-    describe_fusion,
-    is_uniform,
-    write_description,
-)
 from emfuse_jax.artifacts.checkpoint import best_step, restore, steps
 from emfuse_jax.artifacts.config import (
     from_json,
@@ -32,26 +21,15 @@ from emfuse_jax.artifacts.config import (
     read_json,
     unknown_name,
 )
+from emfuse_jax.artifacts.descriptions import (
+    KINDS,
+    MODEL_FILE,
+    check_description,
+    is_uniform,
+)
 from emfuse_jax.base import Dynamics, Params, Policy, SpaceSpec, TransitionModel
 from emfuse_jax.data.normalizer import Normalizer
 from emfuse_jax.tree import stack
-
-__all__ = [
-    "KINDS",
-    "MAX_SIZE",
-    "MODEL_FILE",
-    "Kind",
-    "Trained",
-    "build",
-    "check_description",
-    "describe",
-    "describe_fusion",
-    "is_uniform",
-    "join_params",
-    "load_run",
-    "scales_template",
-    "write_description",
-]
 
 
 class Trained(NamedTuple):

@@ -55,16 +55,7 @@ from emfuse_jax.dynamics.uncertainty import (
 )
 from emfuse_jax.energy import check_weights
 
-__all__ = [
-    "FusedSlices",
-    "FusionConfig",
-    "at_slice",
-    "descend",
-    "fuse_dynamics",
-    "fuse_slices",
-    "pooled_energy",
-    "transition_model",
-]
+__all__ = ["FusionConfig", "fuse_dynamics", "transition_model"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,21 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emfuse_jax.base import SpaceSpec
-from emfuse_jax.envs._mujoco_table import (
-    ENVIRONMENTS,
-    MujocoSpec,
+from emfuse_jax.envs.mujoco_table import (
     Physics,
     check_environment,
 )
-
-__all__ = [
-    "ENVIRONMENTS",
-    "BatchState",
-    "MujocoBatch",
-    "MujocoSpec",
-    "Physics",
-    "check_environment",
-]
 
 
 class BatchState(NamedTuple):

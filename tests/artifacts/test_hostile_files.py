@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import emfuse_jax
 from benchmarks import _readers as readers
 from emfuse_jax import artifacts
-from emfuse_jax.artifacts.runs import check_description
+from emfuse_jax.artifacts.descriptions import check_description
 from emfuse_jax.data.behaviour import load_behaviour
 from emfuse_jax.data.d4rl_reader import read_arrays, read_d4rl
 from emfuse_jax.data.minari_reader import read_minari
@@ -75,7 +75,7 @@ def test_every_part_of_a_description_is_missed(wholes):
     for name in whole:
         part = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(ValueError, match=name if name != "kind" else "model"):
-            artifacts.runs.check_description(part)
+            artifacts.descriptions.check_description(part)
 
 
 @pytest.mark.parametrize("place", ["/etc", "..", "../other", "a/b", "", 3])

@@ -3,7 +3,8 @@ import warnings
 import numpy as np
 import pytest
 
-from emfuse_jax.envs.mujoco_batch import ENVIRONMENTS, MujocoBatch, Physics
+from emfuse_jax.envs.mujoco_batch import MujocoBatch
+from emfuse_jax.envs.mujoco_table import ENVIRONMENTS, Physics
 
 GYM_NAMES = {"hopper": "Hopper", "walker2d": "Walker2d", "halfcheetah": "HalfCheetah"}
 
