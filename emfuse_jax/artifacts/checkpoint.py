@@ -92,6 +92,7 @@ def save(
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp()
         >>> for step, score in [(1, 0.9), (2, 0.1), (3, 0.2)]:
         ...     save(path, step, {"w": jnp.full(2, step)}, score=score, keep=1)
@@ -141,6 +142,7 @@ def restore(path: str | os.PathLike[str], like: Any, *, step: int | None = None)
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp()
         >>> save(path, 1, {"w": jnp.ones(2)})
         >>> restore(path, {"w": jnp.zeros(2)})["w"].tolist()
@@ -188,6 +190,7 @@ def restore_latest(
 
     Example:
         >>> import pathlib, tempfile
+        >>> import jax.numpy as jnp
         >>> path = pathlib.Path(tempfile.mkdtemp())
         >>> for step in (1, 2):
         ...     save(path, step, {"w": jnp.full(2, float(step))})
@@ -234,6 +237,7 @@ def best_step(path: str | os.PathLike[str]) -> int | None:
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp()
         >>> save(path, 1, {"w": jnp.zeros(2)}, score=0.9)
         >>> save(path, 2, {"w": jnp.ones(2)}, score=0.1)
@@ -250,6 +254,7 @@ def delete_after(path: str | os.PathLike[str], step: int) -> None:
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp()
         >>> for step in (1, 2, 3):
         ...     save(path, step, {"w": jnp.full(2, step)})
@@ -265,6 +270,7 @@ def delete(path: str | os.PathLike[str], step: int) -> None:
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp()
         >>> save(path, 1, {"w": jnp.zeros(2)})
         >>> delete(path, 1)
@@ -287,6 +293,7 @@ def read_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
 
     Example:
         >>> import tempfile
+        >>> import jax.numpy as jnp
         >>> path = tempfile.mkdtemp()
         >>> save(path, 1, {"w": jnp.zeros(2)}, config={"rate": 1e-3}, score=0.5)
         >>> meta = read_meta(path, 1)

@@ -51,6 +51,7 @@ def build(description: dict[str, Any]) -> Any:
     """The learner (or, of a fusion, the `TransitionModel`) that a description names.
 
     Example:
+        >>> from emfuse_jax.artifacts.descriptions import describe
         >>> from emfuse_jax.policies.bc import BcConfig
         >>> description = describe("bc", BcConfig(), SpaceSpec(observation_size=11, action_size=3))
         >>> callable(build(description).act)
@@ -69,6 +70,7 @@ def join_params(members: Sequence[dict[str, Any]], params: Sequence[Params]) -> 
     """The params of a fusion: a stack ``[model, …]`` of one architecture, or a tuple.
 
     Example:
+        >>> from emfuse_jax.artifacts.descriptions import describe
         >>> member = describe("etm", dynamics.EtmConfig(), SpaceSpec(11, 3))
         >>> params = [{"w": jax.numpy.zeros(3)}, {"w": jax.numpy.ones(3)}]
         >>> join_params([member, member], params)["w"].shape  # [model, …]
@@ -92,6 +94,7 @@ def load_run(path: str | os.PathLike[str], *, step: int | None = None) -> Traine
     Example:
         >>> import tempfile
         >>> from emfuse_jax.artifacts import checkpoint
+        >>> from emfuse_jax.artifacts.descriptions import describe, write_description
         >>> folder, spec, config = tempfile.mkdtemp(), SpaceSpec(2, 1), dynamics.EtmConfig()
         >>> write_description(folder, describe("etm", config, spec))
         >>> learner = dynamics.etm(config, spec)
@@ -172,6 +175,7 @@ def scales_template(description: dict[str, Any]) -> dynamics.Scales:
     """Scales of the right shapes for a dynamics model's ``init``.
 
     Example:
+        >>> from emfuse_jax.artifacts.descriptions import describe
         >>> description = describe("adetm", dynamics.AdetmConfig(num_lags=5), SpaceSpec(11, 3))
         >>> scales_template(description).target.mean.shape  # a row per slice: changes, reward
         (5, 12)
