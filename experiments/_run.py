@@ -144,6 +144,33 @@ class Run:
             return _devices.own(state)
         shown = {"description": description, "unit": unit}
         bar = Progress(num_steps, initial=start, **shown)
+        with bar, until_asked() as asked, _compiling.of(description):
+            recorder = self._recorder(
+                range(start, num_steps, chunk), save_every, evaluate, bar, asked
+            )
+            options = {"data": data, "chunk": chunk, "start": start}
+            state, _ = loops.fit(
+                key,
+                learner,
+                state,
+                sample_batch,
+                num_steps,
+                on_chunk=recorder,
+                **options,
+            )
+        return _devices.own(state)
+
+    def _recorder(
+        self,
+        chunks: range,
+        save_every: int,
+        evaluate: Callable[[int, Any], Mapping[str, Any]] | None,
+        bar: Progress,
+        asked: Callable[[], bool],
+    ) -> Callable[[int, Any, Mapping[str, Any]], None]:
+        """What `fit` does at the end of a chunk; ``chunks`` are the steps of their starts
+        up to the last step of all."""
+        start, num_steps, chunk = chunks.start, chunks.stop, chunks.step
 
         def is_planned(step: int) -> bool:
             return step in (0, num_steps) or (step // chunk) % save_every == 0
@@ -167,18 +194,7 @@ class Run:
             if stops or (step == num_steps and _devices.anywhere(asked())):
                 raise StoppedError(f"at step {step} of {num_steps}, which is saved")
 
-        with bar, until_asked() as asked, _compiling.of(description):
-            options = {"data": data, "chunk": chunk, "start": start}
-            state, _ = loops.fit(
-                key,
-                learner,
-                state,
-                sample_batch,
-                num_steps,
-                on_chunk=on_chunk,
-                **options,
-            )
-        return _devices.own(state)
+        return on_chunk
 
     def check(self, step: int, metrics: Mapping[str, Any], params: Any = None) -> None:
         """To be called at a chunk's end, before it is saved.

@@ -6,6 +6,8 @@ function of this package works unchanged, each host calling it with the same arg
 and its own rows made global by `global_batch`.
 """
 
+import socket
+import time
 from typing import Any
 
 import jax
@@ -33,14 +35,16 @@ def initialize_if_requested(
         coordinator_address: ``host:port`` of process 0; None lets jax ask the cluster.
         num_processes: likewise.
         process_id: likewise.
-        timeout: seconds to wait for the other processes.
+        timeout: seconds to wait for process 0, and then for the others.
 
     Returns:
         Whether there are several processes now.
 
     Raises:
         RuntimeError: if jax has already computed something.
-        ValueError: if there is no cluster to ask and no address was given.
+        ValueError: if there is no cluster to ask and no address was given, or that is not
+            ``host:port``.
+        TimeoutError: if process 0 cannot be reached at the given address.
 
     Example:
         >>> initialize_if_requested(False)  # a program without its --distributed flag
@@ -48,6 +52,8 @@ def initialize_if_requested(
     """
     if not requested:
         return False
+    if coordinator_address is not None and process_id:
+        _wait_for_coordinator(coordinator_address, timeout)
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -68,6 +74,30 @@ def initialize_if_requested(
             f"{process_id}; or leave out the request to run on this machine alone"
         ) from error
     return jax.process_count() > 1
+
+
+def _wait_for_coordinator(address: str, timeout: int) -> None:
+    """Until process 0 listens: jax aborts a process that waits in vain."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(
+            f"coordinator_address={address!r} must be 'host:port' of process 0, such as "
+            "'10.0.0.1:1234'"
+        )
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((host.strip("[]"), int(port)), left).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"process 0 was not reached at {address} within {timeout} s "
+                    f"({error}); start it too, and give all processes its host and a free "
+                    "port of it that they can reach"
+                ) from error
+            time.sleep(0.1)
 
 
 def is_coordinator() -> bool:

@@ -63,11 +63,16 @@ class ModelBasedConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if round(self.real_ratio * self.batch_size) == self.batch_size:
+        if self.num_real == self.batch_size:
             raise ValueError(
                 f"real_ratio={self.real_ratio} of batch_size={self.batch_size} leaves no "
                 "imagined row; lower it, or train on the data alone"
             )
+
+    @property
+    def num_real(self) -> int:
+        """Recorded rows of a batch."""
+        return round(self.real_ratio * self.batch_size)
 
 
 class ModelBasedState(NamedTuple):
@@ -129,29 +134,12 @@ def model_based(
         >>> learner = model_based(sac(SacConfig(), spec), rollout_fn, ModelBasedConfig(), spec)
         >>> state = jax.eval_shape(learner.init, jax.random.key(0))
     """
-    num_real = round(config.real_ratio * config.batch_size)
     capacity = config.rollout_rows * config.horizon * config.retain
-    buffer = ring_buffer(capacity, config.batch_size - num_real)
+    buffer = ring_buffer(capacity, config.batch_size - config.num_real)
+    mixed_batch = _mixed_batch(buffer.sample, candidates_fn, config.num_real)
 
     def init(key: jax.Array) -> ModelBasedState:
         return ModelBasedState(policy.init(key), buffer.init(example_transition(spec)))
-
-    def mixed_batch(
-        key: jax.Array, replay: State, model_params: Any, dataset: Dataset
-    ) -> Transition:
-        key_imagined, key_real, *more = jax.random.split(
-            key, 2 if candidates_fn is None else 3
-        )
-        imagined = buffer.sample(key_imagined, replay)
-        if candidates_fn is not None:
-            following = candidates_fn(
-                model_params, more[0], imagined.observation, imagined.action
-            )
-            imagined = imagined._replace(next_observation=following)
-        if num_real == 0:
-            return imagined
-        rows = jax.random.randint(key_real, (num_real,), 0, dataset.age.shape[0])
-        return _joined(gather_transition(dataset, rows), imagined)
 
     def update(
         key: jax.Array, state: ModelBasedState, data: tuple[Any, Dataset]
@@ -185,6 +173,33 @@ def model_based(
         }
 
     return Learner(init, update)
+
+
+def _mixed_batch(
+    sample: Callable[[jax.Array, State], Transition],
+    candidates_fn: CandidatesFn | None,
+    num_real: int,
+) -> Callable[..., Transition]:
+    """Draws ``num_real`` recorded rows and the imagined ones of ``sample``."""
+
+    def draw(
+        key: jax.Array, replay: State, model_params: Any, dataset: Dataset
+    ) -> Transition:
+        key_imagined, key_real, *more = jax.random.split(
+            key, 2 if candidates_fn is None else 3
+        )
+        imagined = sample(key_imagined, replay)
+        if candidates_fn is not None:
+            following = candidates_fn(
+                model_params, more[0], imagined.observation, imagined.action
+            )
+            imagined = imagined._replace(next_observation=following)
+        if num_real == 0:
+            return imagined
+        rows = jax.random.randint(key_real, (num_real,), 0, dataset.age.shape[0])
+        return _joined(gather_transition(dataset, rows), imagined)
+
+    return draw
 
 
 def _joined(real: Transition, imagined: Transition) -> Transition:

@@ -159,10 +159,10 @@ def test_the_command_line_says_what_it_made_and_what_is_wrong(
     assert main([*argv, f"--out={tmp_path / 'a.hdf5'}"]) == 0
     assert "100 steps" in capsys.readouterr().out
     assert main([*argv, f"--out={tmp_path / 'b.hdf5'}", "--env=ant"]) == 2
-    error = capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
     assert "unknown environment 'ant'" in error
     assert "Traceback" not in error
     assert main(argv) == 2
-    assert "--out is required" in capsys.readouterr().err
+    assert "--out is required" in " ".join(capsys.readouterr().err.split())
     assert main(["collect_data", "--help"]) == 0
     assert "--min_speed" in capsys.readouterr().out

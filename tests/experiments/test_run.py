@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_costs_only_time(whole, tmp_path, capsys):
 def test_another_config_is_refused_by_name(whole, capsys):
     before = _snapshot(whole)
     assert _main(whole, "--learning_rate=0.1", "--num_steps=50") == 2
-    error = capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
     assert "learning_rate: 0.05 ≠ 0.1" in error
     assert "num_steps: 40 ≠ 50" in error
     assert "Traceback" not in error
@@ -161,7 +161,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path, capsys, name, text,
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert _main(tmp_path / "file") == 2
-    assert "is a file" in capsys.readouterr().err
+    assert "is a file" in " ".join(capsys.readouterr().err.split())
     assert _main(tmp_path / "file" / "below") == 2
     # Long paths wrap the text.
     assert "cannot be written" in " ".join(capsys.readouterr().err.split())
@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     locked.mkdir(mode=0o500)
     if not os.access(locked, os.W_OK):  # root may write anywhere
         assert _main(locked / "run") == 2
-        assert "cannot be written" in capsys.readouterr().err
+        assert "cannot be written" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):
@@ -193,7 +193,7 @@ def test_a_start_killed_before_its_config_was_written_is_no_foreign_folder(tmp_p
 def test_bad_input_exits_2_with_one_paragraph(tmp_path, capsys):
     for kind in ("ValueError", "FileNotFoundError"):
         assert _main(tmp_path / "run", f"--fail={kind}") == 2
-        error = capsys.readouterr().err
+        error = " ".join(capsys.readouterr().err.split())
         assert f"error: {kind} on purpose" in error
         assert "Traceback" not in error
     with pytest.raises(ValueError, match="on purpose"):
@@ -203,7 +203,7 @@ def test_bad_input_exits_2_with_one_paragraph(tmp_path, capsys):
         _main(tmp_path / "run", "--fail=ZeroDivisionError")
     assert _main(tmp_path / "run", "--fail=KeyboardInterrupt") == 130
     assert _main(tmp_path / "run", "--learning_rat=1") == 2
-    assert "Did you mean" in capsys.readouterr().err
+    assert "Did you mean" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
 

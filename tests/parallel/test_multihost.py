@@ -76,6 +76,21 @@ def test_starting_too_late_or_without_a_cluster_names_the_fix():
     assert "give all three of coordinator_address" in found.stdout, found.stderr
 
 
+def test_a_coordinator_that_is_not_there_is_named_before_jax_aborts():
+    others = {"num_processes": 2, "process_id": 1, "timeout": 1}
+    with socket.socket() as deaf:
+        # Bound, so that nobody else is there, but not listening.
+        deaf.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(TimeoutError, match=f"not reached at {address} within 1 s"):
+            multihost.initialize_if_requested(
+                True, coordinator_address=address, **others
+            )
+    for wrong in ("localhost", ":1", "localhost:http"):
+        with pytest.raises(ValueError, match=r"must be 'host:port'"):
+            multihost.initialize_if_requested(True, coordinator_address=wrong, **others)
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     """What two processes of two devices each have made, in a folder."""
