@@ -10,6 +10,12 @@ import os
 # Collectives in flight deadlock a small XLA pool; read once, when jax is imported.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is what most tests take their time for: a quarter of it like this, here and in
+# the processes that tests start. `full_compile` is for those that would rather run fast.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
+).strip()
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import hypothesis
@@ -40,31 +46,33 @@ def _untyped():
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-_quick = []
-"""Who asked for quick compiling: a module and, inside it, a test."""
+_full = []
+"""Who asked for optimised programs: a module and, inside it, a test."""
 
 
 @contextlib.contextmanager
-def _quick_compile():
-    _quick.append(None)
-    jax.config.update("jax_disable_most_optimizations", True)
+def _full_compile():
+    _compile_fully(_full.append, None)
     try:
         yield
     finally:
-        _quick.pop()
-        jax.config.update("jax_disable_most_optimizations", bool(_quick))
-        if not _quick:
-            # What is compiled does not know how: a later module, which compares with
-            # another process bit by bit, would be given it.
-            jax.clear_caches()
+        _compile_fully(_full.pop)
+
+
+def _compile_fully(change, *argument):
+    before = bool(_full)
+    change(*argument)
+    if bool(_full) != before:
+        jax.config.update("jax_disable_most_optimizations", before)
+        # What is compiled does not know how, and would be given to the others.
+        jax.clear_caches()
 
 
 _RELAXED = {
     "allow_rank_promotion": lambda: jax.numpy_rank_promotion("allow"),
     "allow_key_reuse": lambda: jax.debug_key_reuse(False),
     "untyped": _untyped,
-    # Half the time to compile, for modules that ask for no speed.
-    "quick_compile": _quick_compile,
+    "full_compile": _full_compile,
 }
 
 

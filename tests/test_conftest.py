@@ -61,3 +61,12 @@ def test_assert_mean_close_knows_the_standard_error():
         _standard_errors.assert_mean_close(draws, [0.0, 0.1])
     # A hundred times fewer independent draws: the same distance is no evidence.
     _standard_errors.assert_mean_close(draws, [0.0, 0.1], effective_size=100)
+
+
+def test_compiling_takes_most_of_the_time_and_is_cut_short():
+    assert jax.config.jax_disable_most_optimizations
+
+
+@pytest.mark.full_compile
+def test_programs_can_be_compiled_as_for_users():
+    assert not jax.config.jax_disable_most_optimizations

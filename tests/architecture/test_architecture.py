@@ -111,7 +111,6 @@ def test_module_has_a_docstring(name):
     )
 
 
-@pytest.mark.quick_compile
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(name)

@@ -11,8 +11,6 @@ from benchmarks import device_scaling
 from emfuse_jax.parallel import make_mesh
 from experiments._run import run_main
 
-pytestmark = pytest.mark.quick_compile
-
 CONFIG = device_scaling.shrunk(device_scaling.ScalingConfig(repeats=5))
 
 

@@ -20,8 +20,6 @@ from experiments._lm import Window
 from experiments._run import run_main
 from llm._table_model import table_model, table_params
 
-pytestmark = pytest.mark.quick_compile
-
 EVIDENCE = ("evidence", (("rate", 0.5), ("decay", 0.9)))
 SIM = ("packllm_sim", (("temperature", 0.1),))
 

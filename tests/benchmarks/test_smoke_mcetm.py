@@ -88,7 +88,6 @@ def test_a_share_of_the_data_ends_with_an_episode():
     assert len(mcetm_hopper.first_part(data, 1.0).age) == 100
 
 
-@pytest.mark.quick_compile
 def test_control_trains_plays_and_does_not_do_so_twice(tmp_path, monkeypatch):
     monkeypatch.setenv("EMFUSE_JAX_CACHE", "0")
     tiny = {"rows": 1200, "shares": (1.0,), "kinds": ("etm",), "seeds": (0, 1)}

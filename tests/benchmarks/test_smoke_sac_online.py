@@ -10,7 +10,6 @@ from experiments._run import run_main
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.quick_compile,
     # brax multiplies matrices by vectors of lower rank.
     pytest.mark.allow_rank_promotion,
     pytest.mark.allow_key_reuse,

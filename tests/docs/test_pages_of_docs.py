@@ -63,7 +63,6 @@ def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
 
 
-@pytest.mark.quick_compile
 @pytest.mark.allow_rank_promotion  # blackjax does
 def test_the_examples_of_the_migration_page_run(tmp_path, monkeypatch):
     """On two bowls, and on two folders of tiny language models."""

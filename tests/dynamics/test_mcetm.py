@@ -230,7 +230,6 @@ def test_each_part_trains_on_its_own_loss_and_when_it_should(trained, batch):
     assert all(np.isfinite(v) for v in metrics.values())
 
 
-@pytest.mark.quick_compile
 def test_with_chains_for_negatives_all_terms_train_from_the_first_step(batch):
     config = dataclasses.replace(TINY, negatives="langevin", chain_steps=2)
     learner = mcetm(config, SPEC)

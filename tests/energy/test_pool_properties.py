@@ -15,8 +15,6 @@ from emfuse_jax.energy import (
     pool_energies,
 )
 
-pytestmark = pytest.mark.quick_compile
-
 EVENTS = 4
 BATCHES = st.sampled_from([(), (2, 3)])  # few: each is compiled
 pool = jax.jit(log_opinion_pool)

@@ -12,7 +12,6 @@ from emfuse_jax.policies.sac import SacConfig, sac
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.quick_compile,
     # brax multiplies matrices by vectors of lower rank.
     pytest.mark.allow_rank_promotion,
     pytest.mark.filterwarnings("ignore"),

@@ -21,8 +21,6 @@ from emfuse_jax.llm.weights import load_language_model
 from experiments import _lm, _lm_chat, _lm_experts, _lm_score, fuse_llm
 from experiments._lm_rules import parse_rules
 
-pytestmark = pytest.mark.quick_compile
-
 RULES = ("emselect:order=pool", "packllm_opt", "evidence:rate=0.3:linear=true")
 
 

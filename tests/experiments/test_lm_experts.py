@@ -13,8 +13,6 @@ from emfuse_jax.llm import ByteTokenizer, pad_left, uniform
 from emfuse_jax.llm.model import logits
 from experiments._lm_experts import fuse_rule, join_params, open_experts
 
-pytestmark = pytest.mark.quick_compile
-
 
 def write(folder, seed, vocab_size):
     config = dataclasses.replace(tiny.CONFIG, vocab_size=vocab_size)

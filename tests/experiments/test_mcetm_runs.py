@@ -16,8 +16,6 @@ from experiments import fuse_dynamics, train_dynamics, train_policy
 from experiments._measure import load_domains
 from experiments._truncation import candidates_fn, read_calibration, truncated_model
 
-pytestmark = pytest.mark.quick_compile
-
 MODEL = (
     *("--model=mcetm", "--mcetm.energy_sizes=8", "--mcetm.head_sizes=8"),
     *("--mcetm.autoencoder_sizes=8", "--mcetm.batch_size=16", "--mcetm.energy_rows=8"),

@@ -23,8 +23,6 @@ from experiments._lm_experts import expand_runs
 from experiments._measure import data_behind
 from experiments._merge_lm import cut_windows
 
-pytestmark = pytest.mark.quick_compile
-
 ADETM = AdetmConfig(
     num_lags=2,
     energy_sizes=(8,),

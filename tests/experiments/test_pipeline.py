@@ -23,8 +23,6 @@ from experiments import (
     train_policy,
 )
 
-pytestmark = pytest.mark.quick_compile
-
 ROOT = pathlib.Path(__file__).parents[2]
 COLLECT = ("--steps=400", "--num_envs=2", "--policy=random")
 

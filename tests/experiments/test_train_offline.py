@@ -25,8 +25,6 @@ from experiments import (
 )
 from experiments._action_landscape import action_slices
 
-pytestmark = pytest.mark.quick_compile
-
 SIZES = (
     *("--iql.hidden_sizes=8", "--iql.critics.hidden_sizes=8", "--num_seeds=2"),
     *("--num_updates=20", "--eval_every=10", "--chunk=5", "--batch_size=16"),

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from emfuse_jax.parallel import ROW_KEY, make_mesh, shard_rows, split
 from emfuse_jax.parallel._rows import cut_rows, pad_rows
 
-pytestmark = pytest.mark.quick_compile
-
 
 def drawn(params, key, tree):
     """Numbers of each row's own key beside what it was given."""

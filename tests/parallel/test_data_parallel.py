@@ -11,8 +11,6 @@ from emfuse_jax.parallel.data_parallel import data_parallel, pmap_update
 from emfuse_jax.parallel.mesh import make_mesh, replicate
 from parallel._work import LEARNING_RATE, energy_learner, rows, train
 
-pytestmark = pytest.mark.quick_compile
-
 ROWS = 64
 
 

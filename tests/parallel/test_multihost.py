@@ -27,8 +27,6 @@ from parallel._work import (
     train,
 )
 
-pytestmark = pytest.mark.quick_compile
-
 HERE = pathlib.Path(__file__).parent
 
 

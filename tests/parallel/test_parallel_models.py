@@ -48,7 +48,6 @@ LM = dataclasses.replace(TINY, num_layers=1)
 
 pytestmark = [
     pytest.mark.allow_rank_promotion,  # distrax, in SAC's policy
-    pytest.mark.quick_compile,
 ]
 
 

@@ -8,8 +8,6 @@ from emfuse_jax.parallel.mesh import make_mesh
 from emfuse_jax.parallel.rows import ROW_KEY, pmap_rows, shard_rows
 from parallel._work import PARAMS, chain, dispersion, slices
 
-pytestmark = pytest.mark.quick_compile
-
 POSITION = jax.random.normal(jax.random.key(1), (24, 3))
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
 

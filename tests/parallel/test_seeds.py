@@ -9,8 +9,6 @@ from emfuse_jax.parallel.rows import shard_rows
 from emfuse_jax.parallel.seeds import pmap_seeds, shard_seeds
 from parallel._work import energy, energy_learner, rows, train
 
-pytestmark = pytest.mark.quick_compile
-
 
 def new_seeds():
     """The runs' keys, made anew: a key is consumed once."""

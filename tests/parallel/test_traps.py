@@ -28,8 +28,6 @@ from emfuse_jax.parallel import (
 )
 from parallel._work import rows
 
-pytestmark = pytest.mark.quick_compile
-
 W = np.ones(3, np.float32)
 
 

@@ -204,7 +204,6 @@ def test_it_learns_the_value_of_a_bandit_and_moves_towards_it():
     assert float(metrics["critic_loss"][0]) < 0.1
 
 
-@pytest.mark.quick_compile
 def test_support_is_drawn_anew_and_a_known_value_reads_raw_observations():
     config = dataclasses.replace(SMALL, capacity=4, support_rows=4)
     policy = qgpo(config, SPEC, value_fn=lambda observation, _: observation[..., 0])

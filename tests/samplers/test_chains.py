@@ -37,6 +37,7 @@ def _run(make_sampler, block_rows, **options):
     return run(jax.random.key(2))
 
 
+@pytest.mark.full_compile
 @pytest.mark.parametrize("block_rows", [1, 8])
 def test_deterministic_chains_do_not_depend_on_the_block_size(block_rows):
     whole, _ = _run(_bowl, None)

@@ -1,4 +1,4 @@
-"""Figures of the particle task that the pages quote are those of their file."""
+"""Figures of Particle and Push-T that the pages quote are those of their files."""
 
 import json
 import pathlib
@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-STUDY = json.loads((ROOT / "benchmarks" / "results" / "particle.json").read_text())
+RESULTS = ROOT / "benchmarks" / "results"
+STUDY = json.loads((RESULTS / "particle.json").read_text())
 DIMENSIONS = ("1", "2", "4", "8", "16")
 
 # What the rows of the page's tables are called, and the ways to act in them.
@@ -21,6 +22,10 @@ ROWS = {
     "regression": ("mse", "forward"),
     "regression of chunks": ("mse_chunks", "forward"),
 }
+
+
+def page():
+    return (ROOT / "docs" / "methods" / "ibc.md").read_text(encoding="utf-8")
 
 
 def shares(found):
@@ -44,7 +49,21 @@ def row(method, variant):
 
 @pytest.mark.parametrize("label", ROWS)
 def test_rows_of_the_study(label):
-    page = (ROOT / "docs" / "methods" / "ibc.md").read_text(encoding="utf-8")
     success, recovery, times = row(*ROWS[label])
-    assert f"| {label} | {' | '.join(success)} | {'; '.join(times)} |\n" in page
-    assert f"| {label} | {' | '.join(recovery)} |\n" in page
+    assert f"| {label} | {' | '.join(success)} | {'; '.join(times)} |\n" in page()
+    assert f"| {label} | {' | '.join(recovery)} |\n" in page()
+
+
+def test_push_t():
+    found = json.loads((RESULTS / "pusht.json").read_text())["results"]
+    expert, clone = found["expert"], found["diffusion"]
+    told = " ".join(page().split())
+    assert (
+        f"in {100 * expert['success']['share']:.0f} of 100 episodes, "
+        f"{expert['mean_best_coverage']:.2f} of it on average" in told
+    )
+    assert f"cloned from {found['rows']} of its steps" in told
+    assert (
+        f"covers {clone['mean_best_coverage']:.2f} and succeeds in "
+        f"{100 * clone['success']['share']:.0f} of 100" in told
+    )
