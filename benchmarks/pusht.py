@@ -58,7 +58,7 @@ class PushTConfig:
 
     demonstrations: int = 200
     episodes: int = 100
-    num_steps: int = 4000
+    num_steps: int = 40_000
     batch_size: int = 64
     network: TransformerConfig = TransformerConfig(  # noqa: RUF009
         num_layers=1, features=48, num_heads=4, mlp_ratio=2
