@@ -96,6 +96,7 @@ def test_two_scans_in_a_row_are_one_bitwise():
     assert not np.allclose(repeated, all_at_once)
 
 
+@pytest.mark.full_compile
 def test_thinning_keeps_the_last_of_each_group():
     key, sampler, start = jax.random.key(2), sum_sampler(), jnp.zeros(4)
 

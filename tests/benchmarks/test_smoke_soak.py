@@ -122,6 +122,7 @@ def test_a_stage_is_killed_and_compared(tmp_path):
     config = soak_kill.KillConfig(
         stages=("data",),
         kills=2,
+        seed=3,  # after an eighth and a quarter of the time: not when all is done
         folder=str(tmp_path / "runs"),
         output=str(tmp_path / "kill.json"),
     )

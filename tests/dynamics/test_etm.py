@@ -60,6 +60,7 @@ def errors_by_side(model, params, law):
     return np.stack([np.sqrt(np.mean(error[:, x] ** 2, axis=(1, 2))) for x in sides])
 
 
+@pytest.mark.full_compile
 def test_errs_less_than_a_regressor_on_both_sides_of_a_jump():
     dataset, law = bump(jump=0.5, noise=0.05)
     # The same layers, updates and learning rate.
