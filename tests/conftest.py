@@ -46,25 +46,17 @@ def _untyped():
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-_full = []
-"""Who asked for optimised programs: a module and, inside it, a test."""
-
-
 @contextlib.contextmanager
 def _full_compile():
-    _compile_fully(_full.append, None)
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    # What is compiled does not know how, and would be given to the others.
+    jax.clear_caches()
     try:
         yield
     finally:
-        _compile_fully(_full.pop)
-
-
-def _compile_fully(change, *argument):
-    before = bool(_full)
-    change(*argument)
-    if bool(_full) != before:
-        jax.config.update("jax_disable_most_optimizations", before)
-        # What is compiled does not know how, and would be given to the others.
+        jax.config.update(name, before)
         jax.clear_caches()
 
 

@@ -68,5 +68,5 @@ def test_compiling_takes_most_of_the_time_and_is_cut_short():
 
 
 @pytest.mark.full_compile
-def test_programs_can_be_compiled_as_for_users():
+def test_programs_can_be_optimised():
     assert not jax.config.values["jax_disable_most_optimizations"]

@@ -12,12 +12,10 @@ digest is of whole arrays, so a checkpoint can be restored onto any other number
 processes and devices.
 """
 
-import errno
 import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from emfuse_jax.artifacts._errors import brief, system_errno
 from emfuse_jax.artifacts._leaves import (
     canonical,
     check_architecture,
@@ -329,14 +328,14 @@ def _read(folder: pathlib.Path, step: int, like: Any) -> Any:
         meta = read_meta(folder, step)
         saved, digest = meta["leaves"], meta["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _DamageError(_brief(error)) from error
+        raise _DamageError(brief(error)) from error
     check_architecture(saved, describe_leaves(like), folder / str(step))
     template = jax.tree.map(placed, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder / str(step) / "state", template)
     except Exception as error:  # orbax, tensorstore and zarr raise what they like
-        raise _DamageError(_brief(error)) from error
+        raise _DamageError(brief(error)) from error
     if tree_digest(tree) != digest:
         raise _DamageError("the digest does not match: bits have changed on the disk")
     return tree
@@ -364,8 +363,8 @@ def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> 
         if step in steps(folder):
             return
         raise OSError(
-            _errno(error),
-            f"checkpoint {folder / str(step)} could not be written ({_brief(error)}); "
+            system_errno(error),
+            f"checkpoint {folder / str(step)} could not be written ({brief(error)}); "
             f"what was saved before it is whole (steps {steps(folder) or 'none'})",
         ) from error
 
@@ -373,18 +372,6 @@ def _write(folder: pathlib.Path, step: int, tree: Any, meta: dict[str, Any]) -> 
 def _clear_leftovers(folder: pathlib.Path) -> None:
     for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _errno(error: BaseException | None) -> int:
-    """What the system said, however deep below; EIO where it said nothing."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
-        said = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore
-        if said is not None:
-            return int(said.group(1))
-        error = error.__cause__ or error.__context__
-    return errno.EIO
 
 
 def _preserved(folder: pathlib.Path, keep: int) -> set[int]:
@@ -407,8 +394,3 @@ def _readable_meta(path: str | os.PathLike[str], step: int) -> dict[str, Any]:
         return read_meta(path, step)
     except (OSError, ValueError):
         return {}
-
-
-def _brief(error: BaseException) -> str:
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first[:160]}"

@@ -134,13 +134,7 @@ def rollout(
         >>> steps.reward[:, 0].tolist(), steps.valid[:, 0].tolist()
         ([3.0, 2.0, 1.0, 0.0, -1.0], [True, True, True, False, False])
     """
-    if unknown not in ("truncate", "terminate"):
-        raise ValueError(f"unknown={unknown!r}; expected truncate or terminate")
-    if halt_value is not None and unknown != "terminate":
-        raise ValueError(
-            f"halt_value={halt_value} needs unknown='terminate': a truncated row is worth "
-            "what the learner says of its last state"
-        )
+    _check_unknown(unknown, halt_value)
 
     def step(carry: tuple[History, jax.Array], time: jax.Array):
         past, alive = carry
@@ -169,6 +163,16 @@ def rollout(
     alive = jnp.ones(history.valid.shape[1:], bool)
     _, steps = jax.lax.scan(step, (history, alive), jnp.arange(horizon))
     return steps
+
+
+def _check_unknown(unknown: str, halt_value: float | jax.Array | None) -> None:
+    if unknown not in ("truncate", "terminate"):
+        raise ValueError(f"unknown={unknown!r}; expected truncate or terminate")
+    if halt_value is not None and unknown != "terminate":
+        raise ValueError(
+            f"halt_value={halt_value} needs unknown='terminate': a truncated row is worth "
+            "what the learner says of its last state"
+        )
 
 
 class _End(NamedTuple):

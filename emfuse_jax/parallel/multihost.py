@@ -79,7 +79,7 @@ def initialize_if_requested(
 def _wait_for_coordinator(address: str, timeout: int) -> None:
     """Until process 0 listens: jax aborts a process that waits in vain."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(
             f"coordinator_address={address!r} must be 'host:port' of process 0, such as "
             "'10.0.0.1:1234'"
@@ -90,7 +90,7 @@ def _wait_for_coordinator(address: str, timeout: int) -> None:
             left = max(deadline - time.monotonic(), 0.1)
             socket.create_connection((host.strip("[]"), int(port)), left).close()
             return
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if time.monotonic() >= deadline:
                 raise TimeoutError(
                     f"process 0 was not reached at {address} within {timeout} s "

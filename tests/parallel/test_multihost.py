@@ -84,7 +84,7 @@ def test_a_coordinator_that_is_not_there_is_named_before_jax_aborts():
             multihost.initialize_if_requested(
                 True, coordinator_address=address, **others
             )
-    for wrong in ("localhost", ":1", "localhost:http"):
+    for wrong in ("localhost", ":1", "localhost:http", "localhost:70000"):
         with pytest.raises(ValueError, match=r"must be 'host:port'"):
             multihost.initialize_if_requested(True, coordinator_address=wrong, **others)
 
