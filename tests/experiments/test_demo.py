@@ -230,7 +230,6 @@ def test_settings_that_cannot_work_are_refused(tmp_path, capsys):
 def test_all_of_it_ends_with_a_report_and_a_rerun_repeats_nothing(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("EMFUSE_JAX_CACHE", str(tmp_path / "cache"))
     argv = ["demo", "--preset=smoke", f"--run_dir={tmp_path}/demo"]
     assert demo.main(argv) == 0

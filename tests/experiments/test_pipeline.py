@@ -49,7 +49,6 @@ def _compiled_programs_are_shared_with_the_killed_processes(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("EMFUSE_JAX_CACHE", str(folder))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         yield
     jax.config.update("jax_compilation_cache_dir", before)
