@@ -35,7 +35,7 @@ def test_a_process_per_number_of_devices(tmp_path, capfd):
 @pytest.mark.parametrize("name", ["training", "rollouts"])
 def test_what_is_lifted_is_the_plain_work(name):
     """Traced alone: these two take long to compile."""
-    make, _ = device_scaling.WORKLOADS[name]
+    make, _, _ = device_scaling.WORKLOADS[name]
     work = make(CONFIG, 16, make_mesh({"data": 2}))
     plain = jax.eval_shape(work.plain, *work.args)
     lifted = jax.eval_shape(work.lifted, *work.placed)
