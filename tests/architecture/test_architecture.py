@@ -1,6 +1,7 @@
 """The shape of the tree: floors, sizes, import time, documentation, doctests."""
 
 import ast
+import configparser
 import doctest
 import importlib
 import json
@@ -43,6 +44,16 @@ def test_imports_only_go_down():
 def test_files_are_short():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     assert {p: n for p, n in lengths.items() if n > HARD_LIMIT} == {}
+
+
+def test_the_wheel_holds_every_file_of_the_package():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    globs = settings["options.package_data"]["emfuse_jax"].split()
+    shipped = {path for glob in globs for path in PACKAGE.glob(glob)}
+    shipped |= set(PACKAGE.rglob("*.py"))
+    there = {path for path in PACKAGE.rglob("*") if path.is_file()}
+    assert {path for path in there - shipped if path.suffix != ".pyc"} == set()
 
 
 def test_the_package_imports_nothing_around_it():
