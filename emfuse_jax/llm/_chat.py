@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _HINT = "pip install emfuse_jax[llm]"
+_MAX_LENGTH = 10**6
+"""Letters, items and digits of what one operator of a template makes."""
 
 
 def render_chat(
@@ -23,8 +25,6 @@ def render_chat(
         ValueError: if the messages are not plain data, or the template refuses them.
     """
     environment = _environment()
-    import jinja2
-
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(
@@ -40,7 +40,7 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a stranger's code may raise anything
         raise ValueError(f"the chat template cannot render this: {error}") from error
 
 
@@ -63,7 +63,19 @@ def _environment() -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Its operators make nothing that would fill the memory."""
+
+        intercepted_binops = frozenset({"*", "**", "+"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if _length(operator, left, right) > _MAX_LENGTH:
+                raise jinja2.exceptions.SecurityError(
+                    f"too long a result of {operator!r}"
+                )
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, jinja2.ext.loopcontrols],
@@ -74,6 +86,20 @@ def _environment() -> Any:
         form
     )
     return environment
+
+
+def _length(operator: str, left: Any, right: Any) -> int:
+    """How long the result is at the most: a sequence's length, a number's bits."""
+    sizes = [
+        len(x) if isinstance(x, str | list | tuple) else None for x in (left, right)
+    ]
+    if operator == "+" or sizes == [None, None]:
+        bits = [abs(x).bit_length() if isinstance(x, int) else 0 for x in (left, right)]
+        if operator == "**" and isinstance(right, int):
+            return bits[0] * abs(right)
+        return sum(size or 0 for size in sizes) + sum(bits)
+    times = right if sizes[1] is None else left
+    return (sizes[0] or sizes[1] or 0) * (times if isinstance(times, int) else 0)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -177,8 +177,9 @@ class HfTokenizer:
         """
         template = self._settings.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
+            named = [entry for entry in template if isinstance(entry, Mapping)]
+            texts = {str(entry.get("name")): entry.get("template") for entry in named}
+            template = texts.get("default")
         if not isinstance(template, str):
             raise ValueError(
                 f"this tokenizer has no chat template; put {_TEMPLATE} into its folder, or "

@@ -146,9 +146,21 @@ def test_templates_are_kept_in_the_sandbox(bpe):
         "{{ messages.append(1) }}",
         "{% unknown %}",
         "{{ messages[0].content.nothing.more }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 6) %}{% endfor %}",
+        "{{ 'x'.encode('utf-99') }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+        "{{ ('x' * 1800000000) | length }}",
+        "{{ (2 * [1] * 1800000000) | length }}",
+        "{{ 9 ** (9 ** 9) }}",
     ):
         tokenizer = HfTokenizer(made._tokenizer, {"chat_template": template})
         with pytest.raises(ValueError, match="the chat template cannot render this"):
+            tokenizer.chat(MESSAGES)
+    for nothing in ([], ["cat"], [{"name": "default"}], [{"template": "cat"}], 7):
+        tokenizer = HfTokenizer(made._tokenizer, {"chat_template": nothing})
+        with pytest.raises(ValueError, match="has no chat template"):
             tokenizer.chat(MESSAGES)
     several = [
         {"name": "tool_use", "template": "x"},
