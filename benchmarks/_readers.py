@@ -183,6 +183,33 @@ def _read_tokenizer(path: pathlib.Path) -> Any:
     return tokenizer.decode(ids), tokenizer.vocab()
 
 
+def _template_wholes() -> list[bytes]:
+    """Templates as ChatML and Llama 3 have them."""
+    chatml = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+        "message['content'] | trim + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    llama = (
+        "{% set ns = namespace(n=0) %}{{ bos_token }}{% for m in messages -%}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% set ns.n = ns.n + 1 %}{% generation %}{{ ns.n ~ m | tojson }}"
+        "{% endgeneration %}{% for _ in range(3) %}{{ '-' * 4 }}{% break %}{% endfor %}"
+        "{% endfor %}"
+    )
+    return [chatml.encode(), llama.encode()]
+
+
+def _read_template(path: pathlib.Path) -> Any:
+    from emfuse_jax.llm._chat import render_chat
+
+    said = [{"role": "user", "content": "The cat"}, {"role": "system", "content": "?"}]
+    special = {"bos_token": "<s>"}
+    text = path.read_text(encoding="utf-8")
+    return render_chat(text, said, add_generation_prompt=True, special_tokens=special)
+
+
 def _run_config_wholes() -> list[bytes]:
     from emfuse_jax.artifacts import to_json
     from experiments.train_dynamics import TrainDynamicsConfig
@@ -260,6 +287,9 @@ READERS = {
     "hf_config": Reader(_hf_wholes, mutations.damage_json, _read_hf, "config.json"),
     "tokenizer": Reader(
         _tokenizer_wholes, mutations.damage_json, _read_tokenizer, "tokenizer.json"
+    ),
+    "chat_template": Reader(
+        _template_wholes, mutations.damage_bytes, _read_template, "chat_template.jinja"
     ),
     "run_config": Reader(
         _run_config_wholes, mutations.damage_json, _read_run_config, "config.json"
