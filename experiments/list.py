@@ -79,6 +79,24 @@ def rules() -> Entries:
     return {name: _summary(rule) for name, rule in FUSION_RULES.items()}
 
 
+def fusions() -> Entries:
+    """What ``fuse_dynamics --fusion.rule`` takes."""
+    return {
+        "uncertainty": "weights from the experts' own slice uncertainties, row by row",
+        "uniform": "the same weight for every expert",
+        "fixed": "the weights that --fusion.weights gives",
+    }
+
+
+def merges() -> Entries:
+    """What ``merge --method`` takes."""
+    return {
+        "soup": "the mean of the parameters",
+        "greedy_soup": "the mean of those experts that do not worsen the validation error",
+        "regmean": "least squares, linear layer by linear layer",
+    }
+
+
 def data() -> Entries:
     """Packaged behaviour policies, Minari's data sets and text, those that are here."""
     records = artifacts.read_json(PACKAGED / "policies.json")
@@ -128,7 +146,7 @@ def presets() -> Entries:
 
 KINDS: dict[str, Callable[[], Entries]] = {
     kind.__name__: kind
-    for kind in (commands, methods, models, rules, data, envs, presets)
+    for kind in (commands, methods, models, rules, fusions, merges, data, envs, presets)
 }
 
 

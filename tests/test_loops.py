@@ -141,6 +141,8 @@ def test_the_host_path_is_the_pure_path_and_resumes(data, whole):
     seen, kept = [], {}
 
     def on_chunk(step, state, metrics):
+        # On the host: a chunk is waited for before the next is sent to the devices.
+        assert isinstance(metrics["step"], np.ndarray | np.generic)
         seen.append((step, float(metrics["step"])))
         kept[step] = jax.device_get(state)
         return step == stop_at

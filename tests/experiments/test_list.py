@@ -1,12 +1,15 @@
 """The list of what there is names what the commands take, and nothing else."""
 
 import importlib
+import typing
 
 import pytest
 
 from emfuse_jax import artifacts
+from emfuse_jax.dynamics import FusionConfig
 from emfuse_jax.llm.rules import rule_by_name
 from experiments import list as command
+from experiments.merge import MergeConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,13 @@ def test_every_command_runs_and_says_what_it_is(found):
 
 def test_what_is_listed_is_what_is_taken(found):
     assert set(found["models"]) | set(found["methods"]) == set(artifacts.KINDS)
+    for kind, config, field in (
+        ("fusions", FusionConfig, "rule"),
+        ("merges", MergeConfig, "method"),
+    ):
+        assert set(found[kind]) == set(
+            typing.get_args(typing.get_type_hints(config)[field])
+        )
     assert all(text for kind in found.values() for text in kind.values())
     with pytest.raises(ValueError, match="emselect"):
         rule_by_name("no such rule")
