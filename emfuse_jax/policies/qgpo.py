@@ -325,7 +325,7 @@ def _critic_step(
     )
     target_q = optax.incremental_update(q, state.target_q, config.target_update_rate)
     new = state._replace(q=q, target_q=target_q, q_optimizer=optimizer)
-    return new, {"critic_loss": loss, "target_mean": jnp.mean(target)}
+    return new, {"critic_loss": loss, "q_target_mean": jnp.mean(target)}
 
 
 def _energy_step(

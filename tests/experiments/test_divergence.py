@@ -11,7 +11,7 @@ import _tiny_runs as tiny
 import _toy_main as toy_main
 from emfuse_jax import artifacts
 from emfuse_jax.base import Learner
-from experiments import _divergence
+from experiments import _divergence, train_dynamics
 from experiments.presets import adetm, sac
 from experiments.train_policy import TrainPolicyConfig
 
@@ -92,6 +92,24 @@ def test_a_diverged_run_stops_and_names_the_last_good_checkpoint(
     assert "Traceback" not in error
     assert artifacts.steps(path / "checkpoints") == [10, 20]
     assert tiny.rows_of(path)[-1]["step"] == 25
+
+
+def test_a_model_that_diverges_is_stopped_by_its_own_metrics(tmp_path, capsys):
+    """The real command: an ETM whose first step is far too large."""
+    data = tiny.write_data(tmp_path / "data.hdf5")
+    flags = ("--model=etm", "--etm.energy_sizes=8", "--etm.head_sizes=8")
+    flags += ("--etm.batch_size=16", "--etm.energy_rows=8", "--etm.num_steps=20")
+    flags += (
+        "--etm.learning_rate=1e9",
+        "--chunk=5",
+        f"--data={data}",
+        f"--run_dir={tmp_path / 'run'}",
+    )
+    assert train_dynamics.main(["train_dynamics.py", *flags]) == 3
+    error = capsys.readouterr().err
+    assert "diverged at step 5, " in error
+    assert "last good one: none, it would begin anew" in error
+    assert artifacts.steps(tmp_path / "run" / "checkpoints") == []
 
 
 def test_rolled_back_runs_go_on_with_smaller_steps(tmp_path, capsys, fragile):
