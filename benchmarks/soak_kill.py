@@ -170,7 +170,7 @@ def _finish(
     outs: pathlib.Path,
     inputs: pathlib.Path,
 ) -> str:
-    """Runs a stage to its end; what it said on stderr."""
+    """Runs a stage to its end; what it said on stderr since its first start."""
     process = _start(stage, outs, inputs)
     try:
         process.wait(timeout=config.limit)
@@ -193,7 +193,7 @@ def _start(
         **single_thread(os.environ),
         "EMFUSE_JAX_CACHE": str(outs / ".cache"),
     }
-    with _errors(stage, outs).open("w") as errors:
+    with _errors(stage, outs).open("a") as errors:
         return subprocess.Popen(
             [sys.executable, "-m", *stage.arguments(out, inputs)],
             cwd=_ROOT,
@@ -205,7 +205,7 @@ def _start(
 
 
 def _errors(stage: kill_stages.Stage, outs: pathlib.Path) -> pathlib.Path:
-    """Where a stage's last start wrote what it had to say; a pipe would fill."""
+    """What a stage had to say in all its starts; a pipe would fill."""
     return outs / f"{stage.name}.stderr"
 
 
