@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from emfuse_jax import llm
+from experiments import list as catalogue
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
@@ -107,3 +108,17 @@ def test_every_method_page_has_its_parts():
         assert "$$" in text, path
         for heading in ("Source", "Limits", "Results"):
             assert re.search(rf"^## {heading}s?$", text, re.M), f"{path}: {heading}"
+
+
+@pytest.mark.parametrize("kind", ["rules", "models", "fusions", "methods", "merges"])
+def test_every_name_of_a_method_leads_to_a_page(kind):
+    """A row of the index names it and links a page that is there and in the menu."""
+    index = (DOCS / "methods" / "index.md").read_text()
+    menu = index.partition("{toctree}")[2].split()
+    pages = {}
+    for row in re.findall(r"^\|.*\|$", index, re.M):
+        for link in re.findall(r"\]\((\w+)\.md\)", row):
+            assert link in menu
+            assert (DOCS / "methods" / f"{link}.md").is_file(), link
+            pages |= dict.fromkeys(re.findall(r"`(\w+)`", row), link)
+    assert set(catalogue.KINDS[kind]()) <= set(pages)
